@@ -1,0 +1,1 @@
+"""Where ``torch.compile`` comes in, and the compilers that run the rewritten graphs."""

@@ -1,0 +1,1 @@
+"""One command per table: `python -m benchmarks.mlp`, from the repository root."""

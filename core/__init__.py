@@ -1,0 +1,1 @@
+"""What every layer shares: errors, options, decisions and the report."""

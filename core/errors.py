@@ -1,0 +1,87 @@
+"""Every error that ardd raises: what was wrong, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ArddError(Exception):
+    """Base of all errors of ardd."""
+
+
+class OptionsError(ArddError, ValueError):
+    """An option has an unknown name or a value that it cannot have."""
+
+    @classmethod
+    def unknown_key(cls, key: object, given: object, known: Iterable[str]) -> OptionsError:
+        """Says that there is no option ``key``, and which one was probably meant."""
+        return cls(f"Unknown option {key!r} (given {given!r}). {_known_and_nearest(key, known)}")
+
+    @classmethod
+    def bad_value(cls, key: str, given: object, allowed: str) -> OptionsError:
+        """Says that ``given`` is not one of the values ``allowed`` for the option ``key``."""
+        return cls(f"Option {key!r} is {given!r}. Allowed: {allowed}.")
+
+
+class CostModelError(ArddError):
+    """A cost model is not known by the name asked for, or cannot be registered."""
+
+    @classmethod
+    def unknown_name(cls, name: str, known: Iterable[str]) -> CostModelError:
+        """Says that no cost model is called ``name``, and which one was probably meant."""
+        return cls(f"Unknown cost model {name!r}. {_known_and_nearest(name, known)}")
+
+    @classmethod
+    def name_taken(cls, name: str) -> CostModelError:
+        """Says that another cost model is called ``name`` already."""
+        return cls(f"A cost model named {name!r} exists already. Register yours by another name.")
+
+
+class PassError(ArddError):
+    """A pass failed; ``cause`` is what it raised.
+
+    Args:
+        name: Name of the pass.
+        cause: The exception that ended it.
+    """
+
+    def __init__(self, name: str, cause: BaseException) -> None:
+        super().__init__(name, cause)  # the arguments themselves, so that the error pickles
+        self.name = name
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return (
+            f"Pass {self.name!r} failed with {type(self.cause).__name__}: {self.cause}. "
+            "Without strict=True the original program runs instead."
+        )
+
+
+class RedrawError(ArddError):
+    """A random draw stands in the backward graph.
+
+    Drawn again there, a mask would differ from the one that the forward used and every gradient
+    would silently be wrong.
+
+    Args:
+        draw: The node that draws, as text.
+    """
+
+    def __init__(self, draw: str) -> None:
+        super().__init__(draw)
+        self.draw = draw
+
+    def __str__(self) -> str:
+        return (
+            f"The backward graph draws random numbers again: {self.draw}. A mask must be drawn "
+            "once, in the forward, and saved. torch._functorch.config.activation_memory_budget "
+            "below 1 makes torch do this."
+        )
+
+
+def _known_and_nearest(key: object, known: Iterable[str]) -> str:
+    names = sorted(known)
+    nearest = difflib.get_close_matches(str(key), names, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"Known: {', '.join(names)}.{hint}"

@@ -1,0 +1,41 @@
+"""Proves on the partitioned graphs that no mask is drawn again in backward."""
+
+from __future__ import annotations
+
+
+
+import torch
+from torch import fx
+
+from ..core.errors import RedrawError
+from ..runtime.draw_blocks import draw_blocks
+from ..runtime.dropout_mask import dropout_mask
+
+
+
+
+def check_redraw(backward: fx.GraphModule) -> None:
+    """Looks for random ops in a backward graph and in its submodules.
+
+    Two kinds may stand there, since they give the forward's numbers again: ops that a
+    ``run_with_rng_state`` runs from the state that the forward saved, and Inductor's
+    ``inductor_random`` of a seed that the forward saved.
+
+    Raises:
+        RedrawError: another one was found.
+    """
+    for module in backward.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "call_function" and _draws(node.target):
+                    raise RedrawError(node.format_node() or node.name)
+
+
+def _draws(target: object) -> bool:
+    if target in (draw_blocks, dropout_mask):
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target is torch.ops.prims.inductor_random.default:
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags

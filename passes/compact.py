@@ -1,0 +1,203 @@
+"""Rewrites a graph so that every tensor with a chosen fact is computed on its kept part only.
+
+    %mask = ardd.dropout_mask(%x, ...)          %kept, %slot = ardd.draw_blocks(128, 64)
+    %y = mul(%x, %mask)                    =>   %y = mul(%x_kept, 2.0)
+    %z = mm(%y, %w)                             %z = mm(%y, index(%w, kept))
+
+1. A tensor that is stored cut and wanted whole is expanded: legal where it is zero outside.
+2. A tensor that is stored whole and wanted cut is gathered, once for all users of the same form.
+3. An op keeps its place and its operands' order; only sizes change.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from .emit import Emitter, fake_mode_of
+from .facts import KeptAxis
+from .kept_sets import KeptSet, draw, expand, gather
+from .price_plan import Choice
+from .relation import is_tensor, shape_of, tensor_operands
+from .support import Form, Support, is_zero
+
+aten = torch.ops.aten
+
+
+def compact(
+    graph: fx.Graph,
+    support: Support,
+    means: Mapping[fx.Node, float],
+    chosen: Mapping[KeptAxis, Choice],
+) -> None:
+    """Rewrites the graph in place.
+
+    Args:
+        graph: the analysed graph.
+        support: its facts.
+        means: the mean of every mask.
+        chosen: the dropouts that are structured; all other masks are left as they are.
+    """
+    _Compactor(graph, support, means, chosen).run()
+
+
+class _Compactor:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        support: Support,
+        means: Mapping[fx.Node, float],
+        chosen: Mapping[KeptAxis, Choice],
+    ) -> None:
+        self._graph = graph
+        self._support = support
+        self._means = means
+        self._chosen = chosen
+        self._emit = Emitter(graph, fake_mode_of(graph))
+        self._kept: dict[KeptAxis, KeptSet] = {}
+        self._stored: dict[fx.Node, fx.Node] = {}
+        self._converted: dict[tuple[fx.Node, Form], fx.Node] = {}
+
+    def run(self) -> None:
+        nodes = list(self._graph.nodes)
+        self._draw_all(nodes)
+        for node in nodes:
+            if node.op == "output":
+                self._rewrite_output(node)
+            elif node in self._support.masks:
+                self._rewrite_mask(node)
+            elif node.op == "call_function":
+                self._rewrite_op(node)
+        for node in reversed(nodes):
+            if node in self._stored and not node.users:
+                self._graph.erase_node(node)
+        self._graph.eliminate_dead_code()
+
+    def _draw_all(self, nodes: list[fx.Node]) -> None:
+        """Draws every kept set first, in the order of the dropouts: products before a mask use it."""
+        start = next(node for node in nodes if node.op not in ("placeholder", "get_attr"))
+        for mask in self._support.masks:
+            for axis in self._support.masks[mask].values():
+                if axis in self._chosen:
+                    self._kept[axis] = draw(self._emit, start, mask, self._chosen[axis])
+
+    def _rewrite_mask(self, mask: fx.Node) -> None:
+        """A kept part of a mask is constant."""
+        form = self._support.form(mask, self._chosen)
+        axis = next((axis for axis in form if axis is not None), None)
+        if axis is None:
+            return
+        choice = self._chosen[axis]
+        sizes = self._emit.sizes(mask, mask)
+        sizes[axis.dim] = choice.n_kept * choice.block
+        value = mask.meta["val"]
+        scale = float(self._means[mask] / choice.keep)
+        self._stored[mask] = self._emit.op(
+            mask, aten.full.default, sizes, scale, dtype=value.dtype, device=value.device
+        )
+
+    def _rewrite_op(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            source, index = node.args
+            if source in self._stored:
+                new = self._emit.op(node, operator.getitem, self._stored[source], index)  # type: ignore[index]
+                self._stored[node] = new
+            return
+        wanted = self._support.operand_forms(node, self._chosen)
+        operands = tensor_operands(node)
+        cut = any(axis is not None for form in wanted for axis in form)
+        if node in self._support.relations:
+            cut = cut or any(
+                axis is not None for form in self._output_forms(node) for axis in form
+            )
+        if not cut:
+            if any(operand in self._stored for operand in operands):
+                node.args, node.kwargs = self._with_operands(node, wanted)
+            return
+        args, kwargs = self._with_operands(node, wanted)
+        relation = self._support.relations[node]
+        if relation.sizes is not None:
+            position, dims = relation.sizes
+            form = self._support.dims_form(node, dims, self._chosen)
+            args = (*args[:position], self._cut_sizes(args[position], form), *args[position + 1 :])
+        self._stored[node] = self._emit.op(node, node.target, *args, **kwargs)
+
+    def _output_forms(self, node: fx.Node) -> list[Form]:
+        return [
+            self._support.dims_form(node, output.dims, self._chosen)
+            for output in self._support.relations[node].outputs
+            if output is not None
+        ]
+
+    def _with_operands(self, node: fx.Node, wanted: list[Form]) -> tuple[Any, Any]:
+        """Returns the node's arguments with every tensor in its wanted form."""
+        forms = iter(wanted)
+        return fx.map_arg(  # type: ignore[return-value]
+            (node.args, node.kwargs),
+            lambda x: self._convert(x, next(forms), node) if is_tensor(x) else x,
+        )
+
+    def _cut_sizes(self, sizes: Any, form: Form) -> list[Any]:
+        return [
+            size
+            if axis is None
+            else int(size * self._chosen[axis.scaled(1)].keep)
+            if isinstance(size, int) and size != -1
+            else -1
+            for size, axis in zip(sizes, form, strict=True)
+        ]
+
+    def _convert(self, node: fx.Node, want: Form, before: fx.Node) -> fx.Node:
+        stored = self._stored.get(node, node)
+        have = self._support.form(node, self._chosen)
+        if want == have:
+            return stored
+        if (node, want) not in self._converted:
+            self._converted[node, want] = self._change_form(node, stored, have, want, before)
+        return self._converted[node, want]
+
+    def _change_form(
+        self, node: fx.Node, x: fx.Node, have: Form, want: Form, before: fx.Node
+    ) -> fx.Node:
+        zero = self._support.zero(node)
+        changed = [d for d in range(len(want)) if have[d] != want[d]]
+        if is_zero(node):
+            sizes = self._cut_sizes(node.args[0], want)
+            return self._emit.op(before, node.target, sizes, *node.args[1:], **node.kwargs)
+        for dim in changed:  # gathers first: what follows has less to move
+            axis = want[dim]
+            if have[dim] is None and axis is not None:
+                x = gather(self._emit, before, x, dim, axis, self._kept[axis.scaled(1)])
+        for dim in changed:
+            axis = have[dim]
+            if axis is not None:
+                assert axis in zero[dim], f"{node} is not zero outside {axis}"
+                x = expand(self._emit, before, x, dim, axis, self._kept[axis.scaled(1)])
+                wanted = want[dim]
+                if wanted is not None:
+                    x = gather(self._emit, before, x, dim, wanted, self._kept[wanted.scaled(1)])
+        return x
+
+    def _rewrite_output(self, output: fx.Node) -> None:
+        def dense(node: fx.Node) -> fx.Node:
+            if not is_tensor(node):
+                return node
+            whole = self._convert(node, (None,) * len(shape_of(node)), output)
+            return whole if whole is node else self._as_laid_out(whole, node, output)
+
+        output.args = fx.map_arg(output.args, dense)  # type: ignore[assignment]
+
+    def _as_laid_out(self, x: fx.Node, like: fx.Node, before: fx.Node) -> fx.Node:
+        """Gives a result the stride order that the program promised its caller."""
+        have, promised = x.meta["val"].stride(), like.meta["val"].stride()
+        if have == promised or not all(isinstance(s, int) for s in (*have, *promised)):
+            return x
+        order = sorted(range(len(promised)), key=lambda d: -promised[d])
+        back = [order.index(d) for d in range(len(order))]
+        x = self._emit.op(before, aten.permute.default, x, order)
+        x = self._emit.op(before, aten.clone.default, x, memory_format=torch.contiguous_format)
+        return self._emit.op(before, aten.permute.default, x, back)

@@ -1,0 +1,107 @@
+"""Draws kept sets in the graph, and cuts tensors to them and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ..runtime.draw_blocks import draw_blocks
+from .emit import Emitter
+from .facts import KeptAxis
+from .price_plan import Choice
+from .relation import shape_of
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class KeptSet:
+    """The nodes of one draw."""
+
+    choice: Choice
+    kept: fx.Node
+    """int64 ``[n_kept]``: the blocks that stay."""
+    slot: fx.Node
+    """int64 ``[n_blocks]``: where a block is in ``kept``, -1 if it is dropped."""
+    inside: fx.Node | None = None
+    """bool ``[n_blocks]``: whether the block stays."""
+    clamped: fx.Node | None = None
+    """int64 ``[n_blocks]``: ``slot`` with 0 for dropped blocks."""
+
+
+def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptSet:
+    """Draws the kept set of a mask, once: backward reads what forward drew."""
+    device = mask.meta["val"].device
+    sizes = (choice.n_blocks, choice.n_kept)
+    pair = emit.op(before, draw_blocks, *sizes, device, mask.args[4], choice.axis.site)
+    kept = emit.op(before, operator.getitem, pair, 0)
+    slot = emit.op(before, operator.getitem, pair, 1)
+    for node in (pair, kept, slot):
+        # Activation checkpointing would recompute what stands in its region.
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return KeptSet(choice, kept, slot)
+
+
+def gather(emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis, kept: KeptSet) -> fx.Node:
+    """Cuts a dimension to the kept set.
+
+        x [outer * n_blocks * unit] -> [outer, n_blocks, unit][:, kept] -> [outer * n_kept * unit]
+    """
+    unit = kept.choice.block * axis.inner
+    return _by_blocks(emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept)
+
+
+def expand(emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis, kept: KeptSet) -> fx.Node:
+    """Puts a cut dimension back, with zeros for what was dropped.
+
+        where(slot >= 0, x [outer, n_kept, unit][:, max(slot, 0)], 0) -> [outer * n_blocks * unit]
+
+    By an inverse map, so that it is one fused kernel without a zero fill and without atomics.
+    """
+    unit = kept.choice.block * axis.inner
+    if kept.inside is None or kept.clamped is None:
+        kept.inside = emit.op(before, aten.ge.Scalar, kept.slot, 0)
+        kept.clamped = emit.op(before, aten.clamp_min.default, kept.slot, 0)
+    return _by_blocks(
+        emit, before, x, dim, kept.choice.n_kept, kept.choice.n_blocks, unit, kept.clamped, kept.inside
+    )
+
+
+def _by_blocks(
+    emit: Emitter,
+    before: fx.Node,
+    x: fx.Node,
+    dim: int,
+    n_from: int,
+    n_to: int,
+    unit: int,
+    index: fx.Node,
+    inside: fx.Node | None = None,
+) -> fx.Node:
+    """Picks blocks ``index`` along a dimension, and puts 0 for those that are not ``inside``."""
+    size = shape_of(x)[dim]
+    sizes = emit.sizes(before, x)
+    alone = isinstance(size, int) and size == n_from
+    outer: list[Any] = []
+    if not alone:
+        whole = isinstance(size, int) and size == n_from * unit
+        outer = [] if whole else [size // (n_from * unit) if isinstance(size, int) else -1]
+        blocks = [*outer, n_from] + ([unit] if unit > 1 else [])
+        x = emit.view(before, x, [*sizes[:dim], *blocks, *sizes[dim + 1 :]])
+    place = dim + len(outer)
+    y = emit.op(before, aten.index.Tensor, x, [*[None] * place, index])
+    if inside is not None:
+        trailing = len(shape_of(y)) - place - 1
+        condition = emit.op(before, aten.view.default, inside, [n_to] + [1] * trailing)
+        value = y.meta["val"]
+        zero = emit.op(before, aten.scalar_tensor.default, 0, dtype=value.dtype, device=value.device)
+        y = emit.op(before, aten.where.self, condition, y, zero)
+    if alone:
+        return y
+    merged = (outer[0] * n_to * unit if outer and isinstance(size, int) else -1) if outer else n_to * unit
+    return emit.view(before, y, [*sizes[:dim], merged, *sizes[dim + 1 :]])

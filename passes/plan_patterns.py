@@ -1,0 +1,122 @@
+"""Chooses, for every dropout, the dimension to drop and its blocks, or to leave it random."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+
+from torch import fx
+
+from ..core.decisions import Reason
+from ..core.options import Options
+from .facts import KeptAxis
+from .price_plan import Choice, PlanPricer
+from .support import Support
+
+# More blocks would not make the gathers of any device cheaper, fewer make masks poor in variety.
+MAX_BLOCK = 128
+MIN_BLOCKS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was decided for one mask."""
+
+    choice: Choice | None
+    """None: it stays random."""
+    reason: Reason
+    detail: str = ""
+
+
+def plan_patterns(
+    support: Support,
+    rates: Mapping[fx.Node, float],
+    features: set[KeptAxis],
+    pricer: PlanPricer,
+    options: Options,
+) -> dict[fx.Node, Verdict]:
+    """Returns the verdict on every mask.
+
+    Every candidate is priced alone first. Then the masks are taken up by falling saving, each
+    priced given those already taken: a product between two dropouts shrinks on both sides.
+
+    Args:
+        support: the facts of the graph.
+        rates: drop rate of every mask that may be structured.
+        features: the dimensions that may be dropped.
+        pricer: prices choices.
+        options: pattern, block size, tolerance and fuel.
+    """
+    verdicts: dict[fx.Node, Verdict] = {}
+    best: dict[fx.Node, tuple[float, Choice]] = {}
+    for mask, p in rates.items():
+        axes = [axis for axis in support.masks[mask].values() if axis in features]
+        if not axes:
+            verdicts[mask] = Verdict(None, Reason.NO_PRODUCT)
+            continue
+        choices = [c for axis in axes for c in block_choices(axis, p, options)]
+        if not choices:
+            verdicts[mask] = Verdict(None, Reason.SHAPE, _shape_detail(axes, p, options))
+            continue
+        # On a tie the smaller block comes first: its masks have more variety.
+        best[mask] = max(
+            ((_saving(pricer, choice, {}), choice) for choice in choices),
+            key=lambda pair: (pair[0], -pair[1].block),
+        )
+    chosen: dict[KeptAxis, Choice] = {}
+    conflicts = _conflicts(support)
+    waiting = sorted(best, key=lambda mask: -best[mask][0])
+    for _ in range(2):  # again, since a neighbour taken later can make a refused one pay
+        for mask in waiting:
+            _, choice = best[mask]
+            if choice.axis in chosen:
+                continue
+            rivals = conflicts.get(choice.axis, set()) & chosen.keys()
+            if choice.axis in conflicts.get(choice.axis, set()):
+                rivals.add(choice.axis)
+            if rivals:
+                detail = ", ".join(f"dropout {axis.site}" for axis in sorted(rivals))
+                verdicts[mask] = Verdict(None, Reason.CONFLICT, detail)
+                continue
+            saving = _saving(pricer, choice, chosen)
+            detail = f"{saving * 1e6:+.0f} us a step predicted"
+            if saving > 0 or options.pattern == "block":
+                chosen[choice.axis] = choice
+                verdicts[mask] = Verdict(choice, Reason.STRUCTURED, detail)
+            else:
+                verdicts[mask] = Verdict(None, Reason.NOT_WORTH_IT, detail)
+    return {mask: verdicts[mask] for mask in rates}
+
+
+def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice]:
+    """Yields the block sizes whose rate is close enough to p, smallest first."""
+    sizes = range(1, MAX_BLOCK + 1) if options.block_size == "auto" else [options.block_size]
+    for block in sizes:
+        n_blocks = axis.size // block
+        if axis.size % block or (options.block_size == "auto" and block > 1 and n_blocks < MIN_BLOCKS):
+            continue
+        n_kept = round(n_blocks * (1 - p))
+        if 0 < n_kept < n_blocks and abs(1 - n_kept / n_blocks - p) <= options.rate_tolerance:
+            yield Choice(axis, block, n_blocks, n_kept)
+
+
+def _saving(pricer: PlanPricer, choice: Choice, chosen: dict[KeptAxis, Choice]) -> float:
+    nodes = pricer.touched_by(choice.axis)
+    return pricer.seconds(nodes, chosen) - pricer.seconds(nodes, chosen | {choice.axis: choice})
+
+
+def _conflicts(support: Support) -> dict[KeptAxis, set[KeptAxis]]:
+    """Returns the axes that would cut one dimension of one tensor in two ways."""
+    pairs: dict[KeptAxis, set[KeptAxis]] = {}
+    for facts in support.every_facts():
+        for a, b in itertools.combinations(sorted(facts), 2):
+            first, second = a.scaled(1), b.scaled(1)
+            pairs.setdefault(first, set()).add(second)
+            pairs.setdefault(second, set()).add(first)
+    return pairs
+
+
+def _shape_detail(axes: list[KeptAxis], p: float, options: Options) -> str:
+    sizes = ", ".join(str(axis.size) for axis in axes)
+    return f"size {sizes}, p {p:g}, block_size {options.block_size}"

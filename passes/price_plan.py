@@ -1,0 +1,244 @@
+"""Adds up what the ops that a dropout touches cost, for any choice of kept sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+
+import sympy
+import torch
+from torch import fx
+
+from .cost_model import CostModel, OpCost, price
+from .facts import Facts, KeptAxis
+from .feature_dims import is_product
+from .relation import is_tensor, shape_of, tensor_operands
+from .support import Form, Support, is_zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A dropout that is structured: which dimension, in which blocks, how many stay."""
+
+    axis: KeptAxis
+    """The dimension of the mask, with ``inner`` 1."""
+    block: int
+    """Features per block."""
+    n_blocks: int
+    """Blocks in the dimension."""
+    n_kept: int
+    """Blocks that stay."""
+
+    @property
+    def keep(self) -> Fraction:
+        """Share of the features that stay."""
+        return Fraction(self.n_kept, self.n_blocks)
+
+    @property
+    def p_used(self) -> float:
+        """Drop rate in effect."""
+        return float(1 - self.keep)
+
+
+Chosen = Mapping[KeptAxis, Choice]
+
+
+class PlanPricer:
+    """Prices choices over one graph.
+
+    Args:
+        support: the facts of the graph.
+        model: prices single ops.
+        device: runs the graph.
+    """
+
+    def __init__(self, support: Support, model: CostModel, device: torch.device) -> None:
+        self._support = support
+        self._model = model
+        self._device = device
+        self._prices: dict[OpCost, float] = {}
+        self._hints = _size_hints(support)
+
+    def touched_by(self, axis: KeptAxis) -> list[fx.Node]:
+        """Returns the ops that dropping the dimension changes, and the masks themselves."""
+        support = self._support
+        return [
+            node
+            for node in support.relations
+            if any(_holds(facts, axis) for facts in support.labels(node).values())
+        ] + [mask for mask, axes in support.masks.items() if axis in axes.values()]
+
+    def seconds(self, nodes: Iterable[fx.Node], chosen: Chosen) -> float:
+        """Returns the predicted time of some ops with their conversions."""
+        total = 0.0
+        tensors: dict[fx.Node, None] = {}
+        for node in nodes:
+            if node in self._support.masks:
+                total += self._mask_seconds(node, chosen)
+                tensors[node] = None
+                continue
+            relation = self._support.relations[node]
+            if is_product(relation):
+                total += self._price(self._product(node, chosen))
+            tensors.update(dict.fromkeys(tensor_operands(node)))
+            if is_tensor(node):
+                tensors[node] = None
+            else:
+                tensors.update(dict.fromkeys(user for user in node.users if is_tensor(user)))
+        return total + sum(self._conversion_seconds(tensor, chosen) for tensor in tensors)
+
+    def flops(self, nodes: Iterable[fx.Node], chosen: Chosen) -> int:
+        """Returns the FLOPs of the products among some ops, at the example batch."""
+        products = (
+            self._product(node, chosen)
+            for node in nodes
+            if node in self._support.relations and is_product(self._support.relations[node])
+        )
+        return sum(round(op.hint(op.flops)) for op in products)
+
+    def _mask_seconds(self, mask: fx.Node, chosen: Chosen) -> float:
+        if any(axis in chosen for axis in self._support.masks[mask].values()):
+            return self._price(self._op("draw", mask, (), 0))
+        shape = self._sizes(mask, (None,) * len(shape_of(mask)), chosen)
+        return self._price(self._op("random", mask, shape, 0))
+
+    def _product(self, node: fx.Node, chosen: Chosen) -> OpCost:
+        support = self._support
+        relation = support.relations[node]
+        operands = tensor_operands(node)
+        label_sizes: dict[int, sympy.Expr] = {}
+        moved = sympy.Integer(0)
+        for operand, dims, form in zip(
+            operands, relation.operands, support.operand_forms(node, chosen), strict=True
+        ):
+            sizes = self._sizes(operand, form, chosen)
+            moved += math.prod(sizes) * operand.meta["val"].element_size()
+            for factors, size in zip(dims, sizes, strict=True):
+                if len(factors) == 1:
+                    label_sizes[factors[0].label] = size
+        values = node.meta["val"]
+        values = [values] if isinstance(values, torch.Tensor) else [v for v in values if v is not None]
+        out_bytes = sum(_expr(v.numel()) * v.element_size() for v in values)
+        flops = _expr(relation.product_flops) * math.prod(label_sizes.values())
+        return OpCost(
+            "product",
+            str(node.target),
+            tuple(label_sizes[label] for label in sorted(label_sizes)),
+            flops,
+            moved + out_bytes,
+            0,
+            operands[0].meta["val"].dtype,
+            self._hints,
+        )
+
+    def _conversion_seconds(self, tensor: fx.Node, chosen: Chosen) -> float:
+        if is_zero(tensor) or tensor in self._support.masks:
+            return 0.0
+        have = self._support.form(tensor, chosen)
+        total = 0.0
+        for want in self.wanted_forms(tensor, chosen):
+            if want != have:
+                kind = "gather" if _cuts(have, want) else "expand"
+                sizes = self._sizes(tensor, _finer(have, want), chosen)
+                total += self._price(self._op(kind, tensor, sizes, _run(tensor, have, want, chosen)))
+        return total
+
+    def wanted_forms(self, tensor: fx.Node, chosen: Chosen) -> set[Form]:
+        """Returns the forms that the users of a tensor want it in."""
+        dense: Form = (None,) * len(shape_of(tensor))
+        forms: set[Form] = set()
+        for user in tensor.users:
+            if user.target is torch.ops.aten.sym_size.int or user in self._support.masks:
+                continue
+            if user not in self._support.relations:
+                forms.add(dense)
+                continue
+            operands = zip(tensor_operands(user), self._support.operand_forms(user, chosen), strict=True)
+            forms.update(form for operand, form in operands if operand is tensor)
+        return forms
+
+    def _op(self, kind: str, node: fx.Node, sizes: tuple[sympy.Expr, ...], run: int) -> OpCost:
+        elements = math.prod(sizes, start=sympy.Integer(1))
+        value = node.meta["val"]
+        return OpCost(
+            kind,  # type: ignore[arg-type]
+            str(node.target),
+            sizes,
+            elements,
+            2 * elements * value.element_size(),
+            run,
+            value.dtype,
+            self._hints,
+        )
+
+    def _sizes(self, node: fx.Node, form: Form, chosen: Chosen) -> tuple[sympy.Expr, ...]:
+        return tuple(
+            _expr(size) if axis is None else _expr(size) * _keep(axis, chosen)
+            for size, axis in zip(shape_of(node), form, strict=True)
+        )
+
+    def _price(self, op: OpCost) -> float:
+        if op not in self._prices:
+            self._prices[op] = price(self._model, op, self._device)
+        return self._prices[op]
+
+
+def _keep(axis: KeptAxis, chosen: Chosen) -> sympy.Expr:
+    keep = chosen[axis.scaled(1)].keep
+    return sympy.Rational(keep.numerator, keep.denominator)
+
+
+def _holds(facts: Facts, axis: KeptAxis) -> bool:
+    return any(fact.scaled(1) == axis for fact in facts)
+
+
+def _cuts(have: Form, want: Form) -> bool:
+    return any(w is not None and h is None for h, w in zip(have, want, strict=True))
+
+
+def _finer(have: Form, want: Form) -> Form:
+    """The form whose size bounds the work: the result of a gather, the result of an expand."""
+    return want if _cuts(have, want) else tuple(
+        h if h == w else w for h, w in zip(have, want, strict=True)
+    )
+
+
+def _run(tensor: fx.Node, have: Form, want: Form, chosen: Chosen) -> int:
+    """Returns the consecutive bytes that one block of a conversion covers."""
+    value = tensor.meta["val"]
+    runs = []
+    for dim, (h, w) in enumerate(zip(have, want, strict=True)):
+        axis = None if h == w else (w or h)
+        if axis is not None:
+            stride = value.stride(dim)
+            span = stride if isinstance(stride, int) else 1
+            runs.append(chosen[axis.scaled(1)].block * axis.inner * span * value.element_size())
+    return min(runs, default=0)
+
+
+def _expr(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _size_hints(support: Support) -> dict[sympy.Symbol, int]:
+    """Returns the example's value of every size symbol."""
+    hints: dict[sympy.Symbol, int] = {}
+    nodes = {*support.relations, *support.masks}
+    for node in list(nodes):
+        nodes.update(tensor_operands(node))
+    for node in nodes:
+        values = node.meta["val"]
+        for value in [values] if isinstance(values, torch.Tensor) else values:
+            for size in () if value is None else value.shape:
+                if isinstance(size, torch.SymInt):
+                    for symbol in size.node.expr.free_symbols - hints.keys():
+                        hints[symbol] = _hint_of(size, symbol)
+    return hints
+
+
+def _hint_of(size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    shape_env = size.node.shape_env
+    known = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    return int(known.get(symbol, 8192))  # an unbacked size has no example: take it for large

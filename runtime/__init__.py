@@ -1,0 +1,1 @@
+"""The custom ops that rewritten graphs call, one file each."""

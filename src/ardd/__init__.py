@@ -1,0 +1,64 @@
+"""ardd: dropout that pays. ``torch.compile(model, backend="ardd")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .core.decisions import Decision, Reason
+from .core.errors import ArddError, CostModelError, OptionsError, PassError, RedrawError
+from .core.options import Options
+from .core.report import GraphReport, Report
+from .core.report import current as report
+from .core.version import VERSION as __version__
+from .passes.cost_model import CostModel, OpCost, register_cost_model
+from .runtime.draw_blocks import Draw
+from .runtime.draw_blocks import record_draws as record_masks
+
+__all__ = [
+    "ArddError",
+    "CostModel",
+    "CostModelError",
+    "Decision",
+    "Draw",
+    "GraphReport",
+    "OpCost",
+    "Options",
+    "OptionsError",
+    "PassError",
+    "Reason",
+    "RedrawError",
+    "Report",
+    "__version__",
+    "explain",
+    "record_masks",
+    "register_cost_model",
+    "report",
+]
+
+
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, object] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Says what ``torch.compile(fn, backend="ardd", options=options)`` would do on a call.
+
+    The call runs once, uncompiled; see `ardd.backends.explain.explain`.
+
+    Args:
+        fn: a module or a function.
+        *args: arguments of the call.
+        options: see `ardd.Options`.
+        **kwargs: keyword arguments of the call.
+
+    Returns:
+        The report of this call alone.
+
+    Raises:
+        OptionsError: an option is unknown or has a value it cannot have.
+    """
+    from .backends import explain as dry_run  # loads the compiler: only when asked to
+
+    return dry_run.explain(fn, *args, options=options, **kwargs)

@@ -1,0 +1,123 @@
+"""Options say what is wrong with them, and only then."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+
+from ardd.core.errors import ArddError, CostModelError, OptionsError, PassError, RedrawError
+from ardd.core.options import Options
+
+WRONG: list[tuple[str, object, str]] = [
+    ("pattern", "blok", "'auto', 'block' or 'random'"),
+    ("pattern", None, "'auto', 'block' or 'random'"),
+    ("block_size", 0, "'auto' or an int of at least 1"),
+    ("block_size", 8.0, "'auto' or an int of at least 1"),
+    ("block_size", True, "'auto' or an int of at least 1"),
+    ("block_size", "8", "'auto' or an int of at least 1"),
+    ("rate_tolerance", -0.01, "a number from 0 to 1"),
+    ("rate_tolerance", 1.5, "a number from 0 to 1"),
+    ("rate_tolerance", float("nan"), "a number from 0 to 1"),
+    ("rate_tolerance", False, "a number from 0 to 1"),
+    ("target", "xla", "'auto', 'inductor' or 'eager'"),
+    ("strict", 1, "True or False"),
+    ("max_rewrites", -1, "None or an int of at least 0"),
+    ("max_rewrites", True, "None or an int of at least 0"),
+    ("cost_model", "", "the name of a cost model"),
+    ("cost_model", len, "the name of a cost model"),
+]
+
+
+@pytest.mark.parametrize(("key", "given", "allowed"), WRONG)
+def test_wrong_value_names_key_given_and_allowed(key: str, given: object, allowed: str) -> None:
+    with pytest.raises(OptionsError) as caught:
+        Options.from_mapping({key: given})
+    assert str(caught.value) == f"Option {key!r} is {given!r}. Allowed: {allowed}."
+
+
+def test_direct_construction_is_checked_too() -> None:
+    with pytest.raises(OptionsError, match="Option 'block_size' is 0"):
+        Options(block_size=0)
+
+
+def test_replacing_a_field_is_checked_too() -> None:
+    with pytest.raises(OptionsError, match="Option 'max_rewrites' is -2"):
+        dataclasses.replace(Options(), max_rewrites=-2)
+
+
+def test_unknown_key_names_the_known_and_the_nearest() -> None:
+    with pytest.raises(OptionsError) as caught:
+        Options.from_mapping({"patern": "block"})
+    assert str(caught.value) == (
+        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_rewrites, "
+        "pattern, rate_tolerance, strict, target. Did you mean 'pattern'?"
+    )
+
+
+def test_unknown_key_far_from_all_gets_no_guess() -> None:
+    with pytest.raises(OptionsError, match=r"target\.$"):
+        Options.from_mapping({"zzz": 1})
+
+
+def test_options_that_are_no_mapping() -> None:
+    with pytest.raises(OptionsError, match="Option 'options' is 'block'"):
+        Options.from_mapping("block")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"pattern": "block", "block_size": 8},
+        {"rate_tolerance": 0, "target": "eager", "strict": True},
+        {"rate_tolerance": 1.0, "max_rewrites": 0, "cost_model": "mine"},
+    ],
+)
+def test_from_mapping_sets_what_is_given_and_defaults_the_rest(given: dict[str, object]) -> None:
+    options = dataclasses.asdict(Options.from_mapping(given))
+    assert options == dataclasses.asdict(Options()) | given
+
+
+def test_none_stands_for_the_defaults() -> None:
+    assert Options.from_mapping(None) == Options()
+
+
+def test_equal_options_print_and_hash_alike() -> None:
+    one, other = Options(rate_tolerance=0), Options(rate_tolerance=0.0)
+    assert one == other
+    assert repr(one) == repr(other)
+    assert hash(one) == hash(other)
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().strict = True  # type: ignore[misc]
+
+
+ERRORS: list[ArddError] = [
+    OptionsError.bad_value("strict", 1, "True or False"),
+    CostModelError.unknown_name("rofline", ["roofline"]),
+    CostModelError.name_taken("roofline"),
+    PassError("compact", ZeroDivisionError("division by zero")),
+    RedrawError("%rand = aten.rand([4])"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_survive_copying_and_another_process(error: ArddError) -> None:
+    """Torch's compile workers and pytest's send errors as pickles."""
+    twin = copy.copy(error)  # by the same protocol
+    assert type(twin) is type(error)
+    assert str(twin) == str(error)
+
+
+def test_messages_say_what_to_do() -> None:
+    assert isinstance(ERRORS[0], ValueError)
+    assert str(ERRORS[1]) == (
+        "Unknown cost model 'rofline'. Known: roofline. Did you mean 'roofline'?"
+    )
+    assert str(ERRORS[2]).endswith("Register yours by another name.")
+    assert str(ERRORS[3]).startswith("Pass 'compact' failed with ZeroDivisionError: division by")
+    assert "aten.rand" in str(ERRORS[4])
