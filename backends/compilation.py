@@ -23,6 +23,7 @@ from ..core.version import source_hash
 from ..passes.check_redraw import check_redraw
 from ..passes.cost_model import find_cost_model
 from ..passes.random_masks import lower_random_masks
+from ..passes.share_saves import ShareSaves
 from ..passes.sites import Site
 from ..passes.structure_dropout import StructureDropout, StructureResult
 
@@ -70,6 +71,8 @@ class Compilation:
         structure = StructureDropout(self.options, self.sites, self.parameters)
         try:
             result = structure.apply(graph)
+            if result.modified:
+                ShareSaves().apply(graph)
         except Exception as cause:
             self.fail(structure.name, cause)
             _restore(graph, backup)

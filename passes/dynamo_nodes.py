@@ -66,9 +66,9 @@ def op_name(node: fx.Node) -> str:
         return str(node.target)
     if node.op != "call_function":
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        namespace, _, name = node.target._schema.name.partition("::")
-        return name if namespace == "aten" else ""
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        namespace, _, name = str(node.target).partition(".")  # "aten.dropout.default"
+        return name.partition(".")[0] if namespace == "aten" else ""
     name = getattr(node.target, "__name__", "")
     known = any(getattr(space, name, None) == node.target for space in _NAMESPACES)
     return name if known and isinstance(name, str) else ""
@@ -139,7 +139,7 @@ def number(arg: object) -> float | None:
 def _is_overwritten(node: fx.Node) -> bool:
     """Tells whether somebody may write to ``node``, also through a view of it."""
     for user in node.users:
-        if is_inplace(user):
+        if is_inplace(user) and (node in user.args[:1] or node in user.kwargs.values()):
             return True
         if op_name(user) in CASTS | LAYOUTS | SELECTIONS and _is_overwritten(user):
             return True

@@ -121,7 +121,7 @@ def _match_rand(node: fx.Node, name: str) -> HandMask | LeftAlone | None:
             return None
         names |= {node.all_input_nodes[0]}
     readers = [user for random in names for user in random.users if node < user]
-    while len(readers) == 1 and op_name(readers[0]) in CASTS | LAYOUTS:
+    while len(readers) == 1 and _repeats_nothing(readers[0]):
         names = {readers[0]}
         readers = list(readers[0].users)
     mask = next((user for user in readers if _is_threshold(user)), None)
@@ -143,6 +143,14 @@ def _match_rand(node: fx.Node, name: str) -> HandMask | LeftAlone | None:
     share = min(max((c - low) / (high - low), 0.0), 1.0)
     below = _COMPARISONS[op_name(mask)] == (random is left)
     return HandMask(node, name, mask, None, random, share if below else 1 - share)
+
+
+def _repeats_nothing(node: fx.Node) -> bool:
+    """Tells whether ``node`` has elements of its first argument, each once at most."""
+    if op_name(node) != "getitem":
+        return op_name(node) in CASTS | LAYOUTS
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(at is None or at is ... or isinstance(at, (int, slice)) for at in index)
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 
 from torch import fx
 
@@ -61,7 +62,7 @@ def plan_patterns(
             continue
         # On a tie the smaller block comes first: its masks have more variety.
         best[mask] = max(
-            ((_saving(pricer, choice, {}), choice) for choice in choices),
+            ((_saving(pricer, _at_rate(choice, p), {}), choice) for choice in choices),
             key=lambda pair: (pair[0], -pair[1].block),
         )
     chosen: dict[KeptAxis, Choice] = {}
@@ -99,6 +100,12 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
         n_kept = round(n_blocks * (1 - p))
         if 0 < n_kept < n_blocks and abs(1 - n_kept / n_blocks - p) <= options.rate_tolerance:
             yield Choice(axis, block, n_blocks, n_kept)
+
+
+def _at_rate(choice: Choice, p: float) -> Choice:
+    """Returns the choice as if its blocks met the rate: rounding up the rate is no merit."""
+    exact = Fraction(1 - p).limit_denominator(1000)
+    return dataclasses.replace(choice, n_blocks=exact.denominator, n_kept=exact.numerator)
 
 
 def _saving(pricer: PlanPricer, choice: Choice, chosen: dict[KeptAxis, Choice]) -> float:

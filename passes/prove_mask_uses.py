@@ -253,8 +253,10 @@ class _Proof:
             fits = shapes[0] == shapes[1]  # else the mask indexes rows
         else:
             fits = static_shape(result) in shapes
-        if not fits or result.dtype != data.dtype or not _is_data(kept):
+        if not fits or result.dtype != data.dtype:
             raise _NotProvenError(f"{op_name(user)} changes the shape or the dtype of the data")
+        if not _is_data(kept):
+            raise _NotProvenError(f"{op_name(user)} does not multiply data")
         self.choices.append((user, node, kept))
         self.dtypes.append(data.dtype)
         self._end(flipped, kept)
