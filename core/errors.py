@@ -37,6 +37,11 @@ class CostModelError(ArddError):
         """Says that another cost model is called ``name`` already."""
         return cls(f"A cost model named {name!r} exists already. Register yours by another name.")
 
+    @classmethod
+    def not_made(cls, name: str, cause: BaseException) -> CostModelError:
+        """Says that the factory registered as ``name`` raised ``cause``."""
+        return cls(f"The cost model {name!r} cannot be made: {_in_a_line(cause)}.")
+
 
 class PassError(ArddError):
     """A pass failed; ``cause`` is what it raised.
@@ -53,7 +58,7 @@ class PassError(ArddError):
 
     def __str__(self) -> str:
         return (
-            f"Pass {self.name!r} failed with {type(self.cause).__name__}: {self.cause}. "
+            f"Pass {self.name!r} failed with {_in_a_line(self.cause)}. "
             "Without strict=True the original program runs instead."
         )
 
@@ -78,6 +83,12 @@ class RedrawError(ArddError):
             "once, in the forward, and saved. torch._functorch.config.activation_memory_budget "
             "below 1 makes torch do this."
         )
+
+
+def _in_a_line(error: BaseException) -> str:
+    """Returns the type and the first line; torch's own messages can be whole graphs."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def _known_and_nearest(key: object, known: Iterable[str]) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-
-
 import torch
 from torch import fx
 
 from ..core.errors import RedrawError
 from ..runtime.draw_blocks import draw_blocks
 from ..runtime.dropout_mask import dropout_mask
-
-
 
 
 def check_redraw(backward: fx.GraphModule) -> None:

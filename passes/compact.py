@@ -78,7 +78,10 @@ class _Compactor:
         self._graph.eliminate_dead_code()
 
     def _draw_all(self, nodes: list[fx.Node]) -> None:
-        """Draws every kept set first, in the order of the dropouts: products before a mask use it."""
+        """Draws every kept set first, in the order of the dropouts.
+
+        The products before a dropout use its kept set as well.
+        """
         start = next(node for node in nodes if node.op not in ("placeholder", "get_attr"))
         for mask in self._support.masks:
             for axis in self._support.masks[mask].values():
@@ -87,12 +90,16 @@ class _Compactor:
 
     def _rewrite_mask(self, mask: fx.Node) -> None:
         """A kept part of a mask is constant."""
+        like = mask.args[0]
+        assert isinstance(like, fx.Node)
+        like = self._stored.get(like, like)  # only its symbolic sizes matter, which no form cuts
         form = self._support.form(mask, self._chosen)
         axis = next((axis for axis in form if axis is not None), None)
         if axis is None:
+            mask.args = (like, *mask.args[1:])
             return
         choice = self._chosen[axis]
-        sizes = self._emit.sizes(mask, mask)
+        sizes = self._emit.sizes(mask, mask, like)
         sizes[axis.dim] = choice.n_kept * choice.block
         value = mask.meta["val"]
         scale = float(self._means[mask] / choice.keep)
@@ -111,9 +118,7 @@ class _Compactor:
         operands = tensor_operands(node)
         cut = any(axis is not None for form in wanted for axis in form)
         if node in self._support.relations:
-            cut = cut or any(
-                axis is not None for form in self._output_forms(node) for axis in form
-            )
+            cut = cut or any(axis is not None for form in self._output_forms(node) for axis in form)
         if not cut:
             if any(operand in self._stored for operand in operands):
                 node.args, node.kwargs = self._with_operands(node, wanted)
@@ -136,7 +141,7 @@ class _Compactor:
     def _with_operands(self, node: fx.Node, wanted: list[Form]) -> tuple[Any, Any]:
         """Returns the node's arguments with every tensor in its wanted form."""
         forms = iter(wanted)
-        return fx.map_arg(  # type: ignore[return-value]
+        return fx.map_arg(
             (node.args, node.kwargs),
             lambda x: self._convert(x, next(forms), node) if is_tensor(x) else x,
         )
@@ -189,7 +194,7 @@ class _Compactor:
             whole = self._convert(node, (None,) * len(shape_of(node)), output)
             return whole if whole is node else self._as_laid_out(whole, node, output)
 
-        output.args = fx.map_arg(output.args, dense)  # type: ignore[assignment]
+        output.args = fx.map_arg(output.args, dense)
 
     def _as_laid_out(self, x: fx.Node, like: fx.Node, before: fx.Node) -> fx.Node:
         """Gives a result the stride order that the program promised its caller."""

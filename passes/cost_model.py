@@ -23,8 +23,8 @@ class OpCost:
     """One op to be priced. Sizes are sympy expressions: a batch size may be a symbol."""
 
     kind: Kind
-    """``product`` (matrix product or convolution), ``gather`` (dense to compact), ``expand`` (compact
-    to dense), ``random`` (a Bernoulli mask), ``draw`` (a kept set)."""
+    """What is done: ``product`` (matrix product or convolution), ``gather`` (dense to compact),
+    ``expand`` (compact to dense), ``random`` (a Bernoulli mask), ``draw`` (a kept set)."""
     name: str
     """Name of the op, such as ``mm``; for conversions the op that it is for."""
     sizes: tuple[sympy.Expr, ...]
@@ -134,4 +134,4 @@ def price(model: CostModel, op: OpCost, device: torch.device) -> float:
 
 
 def _load(entry_point: importlib.metadata.EntryPoint) -> Factory:
-    return lambda: entry_point.load()()  # type: ignore[no-any-return]
+    return lambda: entry_point.load()()

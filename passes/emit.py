@@ -37,15 +37,24 @@ class Emitter:
         with self._graph.inserting_before(before):
             node = self._graph.call_function(target, args, kwargs)
         node.meta = {key: before.meta[key] for key in _PROVENANCE if key in before.meta}
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self._fake_mode, enable_python_dispatcher():
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
-    def sizes(self, before: fx.Node, tensor: fx.Node) -> list[Any]:
-        """Returns the sizes of a tensor as arguments: numbers, and nodes where symbolic."""
+    def sizes(self, before: fx.Node, tensor: fx.Node, like: fx.Node | None = None) -> list[Any]:
+        """Returns the sizes of a tensor as arguments: numbers, and nodes where symbolic.
+
+        Args:
+            before: where to add the nodes.
+            tensor: whose sizes.
+            like: a tensor with the same symbolic sizes to read them from, where `tensor` itself
+                is not there yet.
+        """
         return [
-            size if isinstance(size, int) else self.op(before, aten.sym_size.int, tensor, dim)
+            size
+            if isinstance(size, int)
+            else self.op(before, aten.sym_size.int, like or tensor, dim)
             for dim, size in enumerate(shape_of(tensor))
         ]
 

@@ -27,11 +27,11 @@ class KeptAxis:
 
     def scaled(self, inner: int) -> KeptAxis:
         """Returns the same kept set with every feature covering ``inner`` positions."""
-        return dataclasses.replace(self, inner=inner)
+        return self if inner == self.inner else KeptAxis(self.site, self.dim, self.size, inner)
 
 
 class Facts(frozenset[KeptAxis]):
-    """The kept axes that hold for one dimension. A set, so that every candidate is analysed at once."""
+    """The kept axes that hold for one dimension: a set, as every candidate is analysed at once."""
 
     def __and__(self, other: object) -> Facts:
         if isinstance(other, Everything):

@@ -47,16 +47,22 @@ def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptS
     return KeptSet(choice, kept, slot)
 
 
-def gather(emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis, kept: KeptSet) -> fx.Node:
+def gather(
+    emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis, kept: KeptSet
+) -> fx.Node:
     """Cuts a dimension to the kept set.
 
-        x [outer * n_blocks * unit] -> [outer, n_blocks, unit][:, kept] -> [outer * n_kept * unit]
+    x [outer * n_blocks * unit] -> [outer, n_blocks, unit][:, kept] -> [outer * n_kept * unit]
     """
     unit = kept.choice.block * axis.inner
-    return _by_blocks(emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept)
+    return _by_blocks(
+        emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept
+    )
 
 
-def expand(emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis, kept: KeptSet) -> fx.Node:
+def expand(
+    emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis, kept: KeptSet
+) -> fx.Node:
     """Puts a cut dimension back, with zeros for what was dropped.
 
         where(slot >= 0, x [outer, n_kept, unit][:, max(slot, 0)], 0) -> [outer * n_blocks * unit]
@@ -68,7 +74,15 @@ def expand(emit: Emitter, before: fx.Node, x: fx.Node, dim: int, axis: KeptAxis,
         kept.inside = emit.op(before, aten.ge.Scalar, kept.slot, 0)
         kept.clamped = emit.op(before, aten.clamp_min.default, kept.slot, 0)
     return _by_blocks(
-        emit, before, x, dim, kept.choice.n_kept, kept.choice.n_blocks, unit, kept.clamped, kept.inside
+        emit,
+        before,
+        x,
+        dim,
+        kept.choice.n_kept,
+        kept.choice.n_blocks,
+        unit,
+        kept.clamped,
+        kept.inside,
     )
 
 
@@ -99,9 +113,15 @@ def _by_blocks(
         trailing = len(shape_of(y)) - place - 1
         condition = emit.op(before, aten.view.default, inside, [n_to] + [1] * trailing)
         value = y.meta["val"]
-        zero = emit.op(before, aten.scalar_tensor.default, 0, dtype=value.dtype, device=value.device)
+        zero = emit.op(
+            before, aten.scalar_tensor.default, 0, dtype=value.dtype, device=value.device
+        )
         y = emit.op(before, aten.where.self, condition, y, zero)
     if alone:
         return y
-    merged = (outer[0] * n_to * unit if outer and isinstance(size, int) else -1) if outer else n_to * unit
+    merged = (
+        (outer[0] * n_to * unit if outer and isinstance(size, int) else -1)
+        if outer
+        else n_to * unit
+    )
     return emit.view(before, y, [*sizes[:dim], merged, *sizes[dim + 1 :]])

@@ -95,7 +95,9 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
     sizes = range(1, MAX_BLOCK + 1) if options.block_size == "auto" else [options.block_size]
     for block in sizes:
         n_blocks = axis.size // block
-        if axis.size % block or (options.block_size == "auto" and block > 1 and n_blocks < MIN_BLOCKS):
+        if axis.size % block or (
+            options.block_size == "auto" and block > 1 and n_blocks < MIN_BLOCKS
+        ):
             continue
         n_kept = round(n_blocks * (1 - p))
         if 0 < n_kept < n_blocks and abs(1 - n_kept / n_blocks - p) <= options.rate_tolerance:

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from .cost_model import CostModel, OpCost, price
-from .facts import Facts, KeptAxis
+from .facts import KeptAxis
 from .feature_dims import is_product
 from .relation import is_tensor, shape_of, tensor_operands
-from .support import Form, Support, is_zero
+from .support import Form, Support, axes_in, is_zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,11 @@ class PlanPricer:
         self._device = device
         self._prices: dict[OpCost, float] = {}
         self._hints = _size_hints(support)
+        self._touched = _touched(support)
 
     def touched_by(self, axis: KeptAxis) -> list[fx.Node]:
-        """Returns the ops that dropping the dimension changes, and the masks themselves."""
-        support = self._support
-        return [
-            node
-            for node in support.relations
-            if any(_holds(facts, axis) for facts in support.labels(node).values())
-        ] + [mask for mask, axes in support.masks.items() if axis in axes.values()]
+        """Returns the ops that dropping the dimension changes, and its mask."""
+        return self._touched.get(axis, [])
 
     def seconds(self, nodes: Iterable[fx.Node], chosen: Chosen) -> float:
         """Returns the predicted time of some ops with their conversions."""
@@ -119,7 +115,9 @@ class PlanPricer:
                 if len(factors) == 1:
                     label_sizes[factors[0].label] = size
         values = node.meta["val"]
-        values = [values] if isinstance(values, torch.Tensor) else [v for v in values if v is not None]
+        values = (
+            [values] if isinstance(values, torch.Tensor) else [v for v in values if v is not None]
+        )
         out_bytes = sum(_expr(v.numel()) * v.element_size() for v in values)
         flops = _expr(relation.product_flops) * math.prod(label_sizes.values())
         return OpCost(
@@ -142,7 +140,9 @@ class PlanPricer:
             if want != have:
                 kind = "gather" if _cuts(have, want) else "expand"
                 sizes = self._sizes(tensor, _finer(have, want), chosen)
-                total += self._price(self._op(kind, tensor, sizes, _run(tensor, have, want, chosen)))
+                total += self._price(
+                    self._op(kind, tensor, sizes, _run(tensor, have, want, chosen))
+                )
         return total
 
     def wanted_forms(self, tensor: fx.Node, chosen: Chosen) -> set[Form]:
@@ -155,7 +155,9 @@ class PlanPricer:
             if user not in self._support.relations:
                 forms.add(dense)
                 continue
-            operands = zip(tensor_operands(user), self._support.operand_forms(user, chosen), strict=True)
+            operands = zip(
+                tensor_operands(user), self._support.operand_forms(user, chosen), strict=True
+            )
             forms.update(form for operand, form in operands if operand is tensor)
         return forms
 
@@ -190,8 +192,16 @@ def _keep(axis: KeptAxis, chosen: Chosen) -> sympy.Expr:
     return sympy.Rational(keep.numerator, keep.denominator)
 
 
-def _holds(facts: Facts, axis: KeptAxis) -> bool:
-    return any(fact.scaled(1) == axis for fact in facts)
+def _touched(support: Support) -> dict[KeptAxis, list[fx.Node]]:
+    """Returns the ops that have a label with the axis, and the masks, for every axis."""
+    touched: dict[KeptAxis, list[fx.Node]] = {}
+    for node in support.relations:
+        for axis in axes_in(support.labels(node).values()):
+            touched.setdefault(axis, []).append(node)
+    for mask, axes in support.masks.items():
+        for axis in axes.values():
+            touched.setdefault(axis, []).append(mask)
+    return touched
 
 
 def _cuts(have: Form, want: Form) -> bool:
@@ -200,8 +210,10 @@ def _cuts(have: Form, want: Form) -> bool:
 
 def _finer(have: Form, want: Form) -> Form:
     """The form whose size bounds the work: the result of a gather, the result of an expand."""
-    return want if _cuts(have, want) else tuple(
-        h if h == w else w for h, w in zip(have, want, strict=True)
+    return (
+        want
+        if _cuts(have, want)
+        else tuple(h if h == w else w for h, w in zip(have, want, strict=True))
     )
 
 

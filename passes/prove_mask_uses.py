@@ -107,6 +107,7 @@ class _Proof:
         self.booleans: list[fx.Node] = []
         self.factors: list[fx.Node] = []
         self.overwrites: list[fx.Node] = []
+        self.negated = False  # whether 1 - mask was taken of floating-point numbers
 
     def run(self) -> MaskUses:
         value = tensor_of(self.found.mask)
@@ -145,13 +146,17 @@ class _Proof:
             raise _NotProvenError("it is never multiplied with data")
         if len(self.keeps) > 1:
             raise _NotProvenError("it keeps in one place and drops in another")
-        if not self.overwrites or not (self.casts or self.flips):
+        if self.overwrites and self.negated:
+            raise _NotProvenError("it is overwritten, and subtracted from one")
+        if not self.casts and not self.flips:
             return
         # A conversion or negation made a copy; the factor may be the very same tensor, so that
         # nobody else may read what is now scaled in place.
         for node in self.overwrites:
-            while (node := self.parents.get(node, self.found.mask)) is not self.found.mask:
-                if len(self.parents[node].users) > 1:
+            source = self.parents[node]
+            while source in self.parents:
+                source = self.parents[source]
+                if len(source.users) > 1:
                     raise _NotProvenError("it is overwritten and read elsewhere as well")
 
     def _step(self, user: fx.Node, node: fx.Node) -> bool:
@@ -178,6 +183,7 @@ class _Proof:
             return self._cast(user, node, mask)
         if self._negates(user, node, mask):
             self.flips.append(user)
+            self.negated |= not mask.boolean
             return self._follow(user, node, dataclasses.replace(mask, flipped=not mask.flipped))
         if mask.boolean and (name == "where" or name in _FILL):
             self._choose(user, node, mask)
@@ -195,7 +201,7 @@ class _Proof:
             self.booleans.append(user)
             return self._follow(user, node, mask)
         if value is None or not value.dtype.is_floating_point:
-            raise _NotProvenError("it is converted to integers")
+            raise _NotProvenError("it is converted to integers or booleans")
         if mask.boolean:
             self.casts.append(user)
             self.dtypes.append(value.dtype)

@@ -3,7 +3,8 @@
 Forward:   mul(%x, %mask)  ->  mul(mul(gt(rand, p), %x), scale)
 Backward:  mul(%g, %mask)  ->  mul(%g, mul(convert(gt), scale))
 
-The very form, so that Inductor's low-memory seeds and attention fusion work as if ardd were not there.
+The very form, so that Inductor's low-memory seeds and attention fusion work as if ardd were not
+there.
 """
 
 from __future__ import annotations
@@ -37,28 +38,36 @@ def lower_random_masks(graph: fx.Graph) -> None:
     emit = Emitter(graph, fake_mode_of(graph))
     forward = set(forward_nodes(graph))
     for mask in masks:
-        _, _, p, mean, _ = mask.args
+        like, _, p, mean, _ = mask.args
+        assert isinstance(like, fx.Node)
         assert isinstance(p, float)
         assert isinstance(mean, float)
         scale = mean / (1.0 - p)
         value = mask.meta["val"]
         if p < SMALLEST_RATE:
-            sizes = emit.sizes(mask, mask)
+            sizes = emit.sizes(mask, mask, like)
             whole = emit.op(
                 mask, aten.full.default, sizes, scale, dtype=value.dtype, device=value.device
             )
             mask.replace_all_uses_with(whole)
         else:
-            _lower(emit, mask, p, scale, forward)
+            _lower(emit, mask, like, p, scale, forward)
         graph.erase_node(mask)
     graph.eliminate_dead_code()
 
 
-def _lower(emit: Emitter, mask: fx.Node, p: float, scale: float, forward: Collection[fx.Node]) -> None:
+def _lower(
+    emit: Emitter,
+    mask: fx.Node,
+    like: fx.Node,
+    p: float,
+    scale: float,
+    forward: Collection[fx.Node],
+) -> None:
     value = mask.meta["val"]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     random = emit.op(
-        mask, aten.rand.default, emit.sizes(mask, mask), dtype=dtype, device=value.device
+        mask, aten.rand.default, emit.sizes(mask, mask, like), dtype=dtype, device=value.device
     )
     keep = emit.op(mask, aten.gt.Scalar, random, p)
     for user in list(mask.users):

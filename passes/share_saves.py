@@ -53,7 +53,7 @@ class ShareSaves:
 
 
 def _scaled_by_constant(node: fx.Node) -> fx.Node | None:
-    """Returns what is multiplied, without a change of shape or type, by a constant of at least 1."""
+    """Returns what is multiplied by a constant of at least 1, keeping its shape and type."""
     for x, factor in (node.args, reversed(node.args)):
         if isinstance(x, fx.Node) and _constant(factor) >= 1:
             before, after = x.meta["val"], node.meta["val"]

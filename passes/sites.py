@@ -14,6 +14,7 @@ TORCH_DIR: Final = os.path.dirname(torch.__file__) + os.sep
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
 _REGISTRY: Final = re.compile(r"\._(?:modules|parameters|buffers)(?=\[)")
 _ROOT: Final = re.compile(r"^[LG]\['[^']*'\](\.__closure__\[\d+\]\.cell_contents)?")
+_BOUND: Final = re.compile(r"[^.]+\.__self__\.")  # a bound method kept as an attribute
 _KEY: Final = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 
 
@@ -53,7 +54,7 @@ def clean_path(path: str) -> str:
     ``L['self']._modules['enc'].layers[0]`` becomes ``enc.layers.0``.
     """
     path = _ROOT.sub("", _REGISTRY.sub("", path), count=1)
-    return _KEY.sub(r".\1", path).lstrip(".")
+    return _BOUND.sub("", _KEY.sub(r".\1", path).lstrip("."))
 
 
 def source_name(placeholder: fx.Node) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from ..core.decisions import Decision, PassResult, Reason
@@ -41,9 +40,10 @@ class StructureDropout:
         %y = mul(%x, %mask)                    =>   %y = mul(%x_kept, 2.0)
         %z = mm(%y, %w)                             %z = mm(%y, index(%w, kept))
 
-    Song et al. 2018, "Approximate Random Dropout", https://arxiv.org/abs/1805.08939, with the kept set
-    drawn uniformly instead of periodically (Graham et al. 2015, https://arxiv.org/abs/1502.02478).
-    For the mask drawn, the graph computes what the masked dense one would.
+    Song et al. 2018, "Approximate Random Dropout", https://arxiv.org/abs/1805.08939, with the kept
+    set drawn uniformly instead of periodically, as Graham et al. 2015, "Efficient batchwise dropout
+    training using submatrices", https://arxiv.org/abs/1502.02478, do with blocks of 1. For the mask
+    drawn, the graph computes what the masked dense one would.
     """
 
     name: ClassVar[str] = "structure-dropout"

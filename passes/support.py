@@ -127,9 +127,7 @@ class Support:
             for output, value in zip(relation.outputs, values, strict=True)
         ]
 
-    def _output_zeros(
-        self, node: fx.Node, relation: Relation, output: Output
-    ) -> tuple[Facts, ...]:
+    def _output_zeros(self, node: fx.Node, relation: Relation, output: Output) -> tuple[Facts, ...]:
         by_label = {
             factor.label: output.zero(self._operand_zeros(node, relation, factor.label))
             for factors in output.dims
@@ -140,7 +138,9 @@ class Support:
     def _operand_zeros(self, node: fx.Node, relation: Relation, label: int) -> list[Facts]:
         """Returns every operand's zero facts along one label."""
         return [
-            EVERYTHING if is_zero(operand) else self._along(relation, node, dims, self.zero(operand), label)
+            EVERYTHING
+            if is_zero(operand)
+            else self._along(relation, node, dims, self.zero(operand), label)
             for operand, dims in zip(tensor_operands(node), relation.operands, strict=True)
         ]
 
@@ -211,7 +211,11 @@ class Support:
                 return (NOTHING,) * len(node.meta["val"][index].shape)
             if user.args[1] == index and user.users:
                 need = self._need[user]
-                found = need if found is None else tuple(a & b for a, b in zip(found, need, strict=True))
+                found = (
+                    need
+                    if found is None
+                    else tuple(a & b for a, b in zip(found, need, strict=True))
+                )
         return found
 
 
@@ -286,8 +290,7 @@ def _to_label(
     return Facts(
         axis.scaled(axis.inner // factor.inner)
         for axis in facts
-        if axis.inner % factor.inner == 0
-        and size % (axis.size * (axis.inner // factor.inner)) == 0
+        if axis.inner % factor.inner == 0 and size % (axis.size * (axis.inner // factor.inner)) == 0
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ..relation import Relation
+from ..relation import Relation, tensor_operands
 from . import contraction, gather_scatter, layout, pointwise, reduction
 
 Rule = Callable[[fx.Node], Relation | None]
@@ -24,6 +24,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 @functools.cache
 def rule_table() -> dict[object, Rule]:
     """Returns the rule of every op that has one, by overload packet."""
+    import torch._inductor.inductor_prims  # noqa: F401  # registers some of the ops below; loads no Triton
+
     return {
         **dict.fromkeys(pointwise.KEEP_ZERO, pointwise.keep_zero),
         **dict.fromkeys(pointwise.ADD, pointwise.add_like),
@@ -38,7 +40,7 @@ def rule_table() -> dict[object, Rule]:
         aten.where: pointwise.where,
         aten.masked_fill: pointwise.masked_fill,
         aten.addcmul: pointwise.add_product,
-        aten.addcdiv: pointwise.add_product,
+        aten.addcdiv: pointwise.add_quotient,
         prims.fma: pointwise.fused_multiply_add,
         aten.mm: contraction.mm,
         aten.bmm: contraction.bmm,
@@ -104,7 +106,7 @@ def relation_of(node: fx.Node) -> Relation | None:
         return None
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
         return None
-    if not _has_values(node):
+    if not _has_values(node) or not _on_one_device(node):
         return None
     rule = rule_table().get(target.overloadpacket)
     if rule is None and torch.Tag.pointwise in target.tags:
@@ -119,3 +121,11 @@ def _has_values(node: fx.Node) -> bool:
     return any(isinstance(v, torch.Tensor) for v in values) and all(
         v is None or (isinstance(v, torch.Tensor) and v.layout == torch.strided) for v in values
     )
+
+
+def _on_one_device(node: fx.Node) -> bool:
+    """A kept set lives on the device of its mask; what moves a tensor to another is opaque."""
+    value = node.meta["val"]
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    values += [operand.meta["val"] for operand in tensor_operands(node)]
+    return len({v.device for v in values if v is not None and v.dim() > 0}) <= 1

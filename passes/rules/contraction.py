@@ -10,7 +10,17 @@ import torch
 from torch import fx
 
 from ..facts import Facts
-from ..relation import Dims, Factor, Output, Relation, all_of, any_of, dims, shape_of, tensor_operands
+from ..relation import (
+    Dims,
+    Factor,
+    Output,
+    Relation,
+    all_of,
+    any_of,
+    dims,
+    shape_of,
+    tensor_operands,
+)
 
 M, K, N, BATCH = range(4)
 

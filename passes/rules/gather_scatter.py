@@ -78,16 +78,17 @@ def scatter(node: fx.Node) -> Relation | None:
 
 
 def channelwise(node: fx.Node) -> Relation | None:
-    """Pooling, upsampling and their backwards: every channel of every image by itself."""
+    """Pooling and its backward: every channel of every image by itself, or of the only image."""
     value = node.meta["val"]
     values = [value] if isinstance(value, torch.Tensor) else list(value)
     operands = tensor_operands(node)
     rank = len(shape_of(operands[0]))
-    if any(len(shape_of(x)) != rank for x in operands) or rank < 3:
+    outer = rank - _spatial(node)
+    if any(len(shape_of(x)) != rank for x in operands) or outer not in (1, 2):
         return None
-    labels: Dims = ((Factor(0),), (Factor(1),)) + ((),) * (rank - 2)
+    labels: Dims = tuple((Factor(d),) if d < outer else () for d in range(rank))
     for x in operands:
-        for d in (0, 1):
+        for d in range(outer):
             if not statically_known_true(shape_of(x)[d] == shape_of(operands[0])[d]):
                 return None
     # Positions of a maximum are numbers like any other: 0 does not mean nothing there.
@@ -97,11 +98,21 @@ def channelwise(node: fx.Node) -> Relation | None:
     return Relation((labels,) * len(operands), outputs)
 
 
+def _spatial(node: fx.Node) -> int:
+    """Returns over how many dimensions an op pools."""
+    name: str = node.target._schema.name  # type: ignore[union-attr]
+    if name.startswith("prims::_low_memory"):
+        kernel: Any = node.args[1]
+        return len(kernel)
+    return 3 if "pool3d" in name else 2
+
+
 def _indexed(node: fx.Node) -> list[int] | None:
     """Positions of the dimensions that are indexed; None where a mask makes sizes unknown."""
     indices: Any = node.args[1]
     placed = [d for d, i in enumerate(indices) if i is not None]
-    if not placed or any(indices[d].meta["val"].dtype == torch.bool for d in placed):
+    masks = (torch.bool, torch.uint8)
+    if not placed or any(indices[d].meta["val"].dtype in masks for d in placed):
         return None
     return placed
 
@@ -125,6 +136,8 @@ def _along(node: fx.Node, *tensors: fx.Node) -> Dims | None:
         return None
     labels: list[tuple[Factor, ...]] = []
     for d in range(rank):
-        same = all(statically_known_true(shape_of(x)[d] == shape_of(tensors[0])[d]) for x in tensors)
+        same = all(
+            statically_known_true(shape_of(x)[d] == shape_of(tensors[0])[d]) for x in tensors
+        )
         labels.append((Factor(d),) if same and d != dim % rank else ())
     return tuple(labels)

@@ -10,7 +10,17 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..relation import Dims, Factor, Output, Relation, all_of, any_of, never, shape_of, tensor_operands
+from ..relation import (
+    Dims,
+    Factor,
+    Output,
+    Relation,
+    all_of,
+    any_of,
+    never,
+    shape_of,
+    tensor_operands,
+)
 
 Size = int | torch.SymInt
 
@@ -152,7 +162,7 @@ def pad(node: fx.Node) -> Relation:
     """``constant_pad_nd(x, pad, value)``: dimensions that are not padded run together."""
     rank = len(shape_of(node))
     amounts: Any = node.args[1]
-    value = node.args[2] if len(node.args) > 2 else 0
+    value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
     labels: list[tuple[Factor, ...]] = [(Factor(d),) for d in range(rank)]
     for pair in range(len(amounts) // 2):
         before, after = amounts[2 * pair : 2 * pair + 2]
@@ -191,12 +201,11 @@ def _merge(
     factors: list[Factor] = []
     inner = 1
     for position in reversed(positions):
-        if not statically_known_true(parts[position] == 1):
-            part_dims[position] = (Factor(label),)
-            factors.append(Factor(label, inner))
-            label += 1
+        part_dims[position] = (Factor(label),)
+        factors.append(Factor(label, inner))
+        label += 1
         size = parts[position]
-        if not isinstance(size, int):
+        if not isinstance(size, int) or size == 0:
             break
         inner *= size
     whole_dims[whole] = tuple(reversed(factors))
@@ -205,7 +214,9 @@ def _merge(
 
 def _groups(source: Sequence[Size], target: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
     """Pairs the shortest runs of dimensions on both sides that have the same product."""
-    groups = []
+    at_source, source = _longer_than_one(source)
+    at_target, target = _longer_than_one(target)
+    groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(source) and j < len(target):
         sources, targets = [i], [j]
@@ -217,17 +228,33 @@ def _groups(source: Sequence[Size], target: Sequence[Size]) -> list[tuple[list[i
             elif _divides(right, left) and targets[-1] + 1 < len(target):
                 targets.append(targets[-1] + 1)
                 right = right * _expr(target[targets[-1]])
-            elif left.is_number and right.is_number and left < right and sources[-1] + 1 < len(source):
+            elif (
+                left.is_number
+                and right.is_number
+                and left < right
+                and sources[-1] + 1 < len(source)
+            ):
                 sources.append(sources[-1] + 1)
                 left = left * _expr(source[sources[-1]])
-            elif left.is_number and right.is_number and right < left and targets[-1] + 1 < len(target):
+            elif (
+                left.is_number
+                and right.is_number
+                and right < left
+                and targets[-1] + 1 < len(target)
+            ):
                 targets.append(targets[-1] + 1)
                 right = right * _expr(target[targets[-1]])
             else:
                 return groups
-        groups.append((sources, targets))
+        groups.append(([at_source[k] for k in sources], [at_target[k] for k in targets]))
         i, j = sources[-1] + 1, targets[-1] + 1
     return groups
+
+
+def _longer_than_one(sizes: Sequence[Size]) -> tuple[list[int], list[Size]]:
+    """Returns the dimensions that are not known to have size 1, and their sizes."""
+    dims = [d for d, size in enumerate(sizes) if not statically_known_true(size == 1)]
+    return dims, [sizes[d] for d in dims]
 
 
 def _expr(size: Size) -> Any:

@@ -17,6 +17,7 @@ from ..relation import (
     ZeroRule,
     all_of,
     any_of,
+    is_tensor,
     never,
     shape_of,
     tensor_operands,
@@ -85,6 +86,11 @@ def addc_zero(facts: Sequence[Facts]) -> Facts:
     return facts[0] & (facts[1] | facts[2])
 
 
+def addc_quotient_zero(facts: Sequence[Facts]) -> Facts:
+    """``addcdiv(a, b, c) = a + b / c``."""
+    return facts[0] & facts[1]
+
+
 # f(0) = 0 for these; a bool is zero when it is False.
 KEEP_ZERO = (
     *(aten.abs, aten.neg, aten.relu, aten.sqrt, aten.square, aten.sign, aten.sgn, aten.tanh),
@@ -108,8 +114,9 @@ COMPARE = (aten.gt, aten.lt, aten.ne, aten.ge, aten.le, aten.eq)
 
 def add_like(node: fx.Node) -> Relation | None:
     """A sum with a number in it is zero nowhere, unless the number is."""
-    numbers = [arg for arg in node.args if isinstance(arg, (int, float))]
-    return pointwise(never if any(numbers) else all_of, node)
+    # A size is a number whose value is not known, and is not equal to 0 either.
+    numbers = [arg for arg in node.args if not _is_tensor(arg)]
+    return pointwise(never if any(number != 0 for number in numbers) else all_of, node)
 
 
 def multiply(node: fx.Node) -> Relation | None:
@@ -119,7 +126,7 @@ def multiply(node: fx.Node) -> Relation | None:
 
 def divide_like(node: fx.Node) -> Relation | None:
     """Zero where the first operand is, which has to be a tensor."""
-    return pointwise(first if isinstance(node.args[0], fx.Node) else never, node)
+    return pointwise(first if _is_tensor(node.args[0]) else never, node)
 
 
 def power(node: fx.Node) -> Relation | None:
@@ -156,9 +163,10 @@ def where(node: fx.Node) -> Relation | None:
 
 
 def clamp(node: fx.Node) -> Relation | None:
-    """``clamp(x, lo, hi)`` with numbers lo <= 0 <= hi keeps zeros."""
+    """``clamp(x, lo, hi)`` with numbers lo <= 0 <= hi keeps zeros, ``hardtanh`` by default too."""
     low, high, *_ = (*node.args[1:3], None, None)
-    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+    low = node.kwargs.get("min", node.kwargs.get("min_val", low))
+    high = node.kwargs.get("max", node.kwargs.get("max_val", high))
     keeps = (low is None or (isinstance(low, (int, float)) and low <= 0)) and (
         high is None or (isinstance(high, (int, float)) and high >= 0)
     )
@@ -183,10 +191,19 @@ def fused_multiply_add(node: fx.Node) -> Relation | None:
 
 
 def add_product(node: fx.Node) -> Relation | None:
-    """``addcmul``; a quotient in place of the product is zero where its numerator is."""
+    """``addcmul``."""
     return pointwise(addc_zero if len(tensor_operands(node)) == 3 else never, node)
+
+
+def add_quotient(node: fx.Node) -> Relation | None:
+    """``addcdiv``."""
+    return pointwise(addc_quotient_zero if len(tensor_operands(node)) == 3 else never, node)
 
 
 def unknown(node: fx.Node) -> Relation | None:
     """Any other pointwise op: dimensions run together, zeros are not kept."""
-    return pointwise(never, node)
+    return pointwise(never, node) if is_tensor(node) else None
+
+
+def _is_tensor(arg: object) -> bool:
+    return isinstance(arg, fx.Node) and is_tensor(arg)

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ..relation import Dims, Factor, Output, Relation, ZeroRule, any_of, never, shape_of, tensor_operands
+from ..relation import (
+    Dims,
+    Factor,
+    Output,
+    Relation,
+    ZeroRule,
+    any_of,
+    never,
+    shape_of,
+    tensor_operands,
+)
 
 aten = torch.ops.aten
 
@@ -48,10 +58,7 @@ def _reduce(node: fx.Node, zero: ZeroRule, *, contracts: bool, outputs: int) -> 
     if dim is not None and not isinstance(dim, Sequence):
         return None
     reduced = {d % rank for d in dim} if dim else set(range(rank))  # type: ignore[operator]
-    if len(node.args) > 2:
-        keepdim = bool(node.args[2])
-    else:
-        keepdim = bool(node.kwargs.get("keepdim", False))
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     operand = tuple((Factor(d),) if contracts or d not in reduced else () for d in range(rank))
     out = tuple(
         () if d in reduced else (Factor(d),) for d in range(rank) if keepdim or d not in reduced

@@ -260,6 +260,15 @@ def test_a_rate_that_is_no_constant_is_left_alone() -> None:
     assert math.isnan(decision.p)
 
 
+def test_a_tensor_without_a_known_value_is_left_alone() -> None:
+    """Nothing says that it holds floating-point numbers in strides: nested, sparse, complex."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(F.dropout2d, (graph.placeholder("x"), 0.5, True)))
+    (decision,) = MarkDropout().apply(fx.GraphModule({}, graph)).decisions
+    assert (decision.kind, decision.reason) == ("dropout2d", Reason.HAND_MASK)
+    assert "not a plain tensor" in decision.detail
+
+
 def test_symbolic_sizes() -> None:
     def f(x: Tensor) -> Tensor:
         x = F.dropout2d(x, 0.3) * (torch.rand(x.shape[0], 1, 1, 1) < 0.8)

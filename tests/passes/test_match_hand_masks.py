@@ -188,6 +188,7 @@ def bernoulli(q: Any, x: Tensor) -> Tensor:
     return torch.bernoulli(torch.full_like(x, q))
 
 
+Bernoulli: Any = torch.distributions.Bernoulli  # untyped
 Call = Callable[[Tensor], Tensor]
 FLOATING: dict[str, Call] = {
     "full_like": lambda x: torch.bernoulli(torch.full_like(x, 0.8)) * x,
@@ -200,7 +201,7 @@ FLOATING: dict[str, Call] = {
     "tensor.expand": lambda x: x * torch.bernoulli(torch.tensor(0.8).expand(x.shape)),
     "p=": lambda x: torch.bernoulli(x, p=0.8) * x,
     "x.bernoulli(p)": lambda x: x.bernoulli(0.8) * x,
-    "distribution": lambda x: x * torch.distributions.Bernoulli(0.8).sample(x.shape),
+    "distribution": lambda x: x * Bernoulli(0.8).sample(x.shape),
     "bernoulli_": lambda x: x * x.new_empty(x.shape).bernoulli_(0.8),
     "bernoulli_, converted": lambda x: x * torch.empty(x.shape).to(x.dtype).bernoulli_(0.8),
     "bernoulli_(tensor)": lambda x: x * torch.zeros_like(x).bernoulli_(torch.full_like(x, 0.8)),
@@ -208,7 +209,7 @@ FLOATING: dict[str, Call] = {
     "rsub(mask, 1)": lambda x: x * torch.rsub(bernoulli(0.2, x), 1),
     "written apart": written_apart,
     "product of masks": product_of_masks,
-    "product of two draws": lambda x: x * (bernoulli(0.8, x) * torch.ones_like(x)),
+    "times ones": lambda x: x * (bernoulli(0.8, x) * torch.ones_like(x)),
     "shape of a mask": shape_of_a_mask,
     "bernoulli_, scaled in place": timm_drop_path,
     "bernoulli_, bound again": stochastic_depth,
@@ -275,7 +276,7 @@ def test_marks_masks_made_by_hand(table: str, spelling: str) -> None:
     assert marker.args[1] == []
     masks = give_masks(marked.gm)
     y = marked.run()
-    expected = EXPECTED.get(spelling, operator.mul)
+    expected: Callable[[Tensor, Tensor], Tensor] = EXPECTED.get(spelling, operator.mul)
     torch.testing.assert_close(y, expected(x, masks[0]))
     if spelling not in ("product of masks", "bernoulli_ of bool"):
         values = [node.meta.get("example_value") for node in marked.gm.graph.nodes]
@@ -309,6 +310,17 @@ def test_every_use_gets_its_dtype() -> None:
     assert mask.dtype == torch.float32
     assert [r.dtype for r in results] == [torch.bfloat16, torch.float32, torch.bfloat16]
     torch.testing.assert_close(list(results), [x * mask.bfloat16(), y * mask, x * mask.bfloat16()])
+
+
+def test_a_product_of_two_masks_is_two_sites() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x * (torch.bernoulli(torch.full_like(x, 0.8)) * (torch.rand_like(x) > 0.3))
+
+    x = data(8, 6)
+    marked = mark(f, x)
+    assert [site.p for site in marked.result.sites] == pytest.approx([0.2, 0.3])
+    masks = give_masks(marked.gm)
+    torch.testing.assert_close(marked.run(), x * masks[0] * masks[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -360,6 +372,12 @@ def overwritten_constant(x: Tensor) -> Tensor:
     q = torch.full_like(x, 0.8)
     q[0] = 0.5
     return x * torch.bernoulli(q)
+
+
+def complement_of_scaled(x: Tensor) -> Tensor:
+    mask = torch.bernoulli(torch.full_like(x, 0.2))
+    mask.div_(0.2)
+    return x * (1 - mask)
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -419,6 +437,7 @@ LEFT: dict[str, tuple[Callable[[Tensor], Any], float, str]] = {
         0.2,
         "it is overwritten and read elsewhere as well",
     ),
+    "complement of scaled": (complement_of_scaled, 0.8, "it is overwritten, and subtracted from"),
     "to integers": (lambda x: x * (torch.rand_like(x) < 0.8).long(), 0.2, "long reads it"),
     "to integers by to": (
         lambda x: x * (torch.rand_like(x) < 0.8).to(torch.int32),
