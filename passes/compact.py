@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .emit import Emitter, fake_mode_of
 from .facts import KeptAxis
@@ -59,6 +60,7 @@ class _Compactor:
         self._chosen = chosen
         self._emit = Emitter(graph, fake_mode_of(graph))
         self._kept: dict[KeptAxis, KeptSet] = {}
+        self._scales: dict[fx.Node, float] = {}
         self._stored: dict[fx.Node, fx.Node] = {}
         self._converted: dict[tuple[fx.Node, Form], fx.Node] = {}
 
@@ -103,9 +105,11 @@ class _Compactor:
         sizes[axis.dim] = choice.n_kept * choice.block
         value = mask.meta["val"]
         scale = float(self._means[mask] / choice.keep)
-        self._stored[mask] = self._emit.op(
+        constant = self._emit.op(
             mask, aten.full.default, sizes, scale, dtype=value.dtype, device=value.device
         )
+        self._stored[mask] = constant
+        self._scales[constant] = scale
 
     def _rewrite_op(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
@@ -125,11 +129,25 @@ class _Compactor:
             return
         args, kwargs = self._with_operands(node, wanted)
         relation = self._support.relations[node]
+        if node.target is aten.mul.Tensor:
+            args = self._scaled(node, args)
         if relation.sizes is not None:
             position, dims = relation.sizes
             form = self._support.dims_form(node, dims, self._chosen)
             args = (*args[:position], self._cut_sizes(args[position], form), *args[position + 1 :])
         self._stored[node] = self._emit.op(node, node.target, *args, **kwargs)
+
+    def _scaled(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Multiplies by the number that a kept part of a mask is, not by a tensor of it.
+
+        A number keeps its precision where the tensor would be rounded to bf16.
+        """
+        for mask, x in (args, reversed(args)):
+            if mask in self._scales and isinstance(x, fx.Node):
+                same_type = mask.meta["val"].dtype == x.meta["val"].dtype
+                if same_type and _broadcasts_to(shape_of(mask), shape_of(x)):
+                    return (x, self._scales[mask])
+        return args
 
     def _output_forms(self, node: fx.Node) -> list[Form]:
         return [
@@ -206,3 +224,13 @@ class _Compactor:
         x = self._emit.op(before, aten.permute.default, x, order)
         x = self._emit.op(before, aten.clone.default, x, memory_format=torch.contiguous_format)
         return self._emit.op(before, aten.permute.default, x, back)
+
+
+def _broadcasts_to(
+    shape: Sequence[int | torch.SymInt], whole: Sequence[int | torch.SymInt]
+) -> bool:
+    """Returns whether a product of the two shapes has the second one."""
+    return len(shape) <= len(whole) and all(
+        statically_known_true(a == b) or statically_known_true(a == 1)
+        for a, b in zip(reversed(shape), reversed(whole), strict=False)
+    )
