@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12 make test     another Python
 #   TORCH=torch==2.11.0 make test   another torch; any arguments of pip install (after `make clean`)
+#   MNIST=folder make bench         the quality benchmark too, on the idx files of that folder
 #   PYTHON=python3 make gpu         GPU tests and benchmarks, in a Python that has a CUDA torch
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.mlp --out $(RESULTS)
 	$(BIN)/python -m benchmarks.gpt_block --out $(RESULTS)
-	$(BIN)/python -m benchmarks.quality --out $(RESULTS) $(if $(MNIST),--data $(MNIST))
+	$(if $(MNIST),$(BIN)/python -m benchmarks.quality --out $(RESULTS) --data $(MNIST))
 
 # The metadata under src/ is what lets torch find the backend by name with nothing installed.
 gpu: export PYTHONPATH := src
