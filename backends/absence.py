@@ -51,7 +51,7 @@ def explain_absence(
         break_reasons: Why Dynamo ended a graph or skipped a frame, in its own words: the keys
             of ``counters["graph_break"]`` and ``counters["unimplemented"]``.
     """
-    roots = tuple(_roots(fn_or_module))
+    roots = tuple(roots_of(fn_or_module))
     absence = _Absence(roots, graphs_captured, decisions, break_reasons)
     # The surest causes come first; what one has explained is none of the next one's business.
     absence.zero_rate()
@@ -66,7 +66,7 @@ def explain_absence(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Root:
+class Root:
     """A module found in what was compiled."""
 
     path: str
@@ -104,7 +104,7 @@ class _Absence:
 
     def __init__(
         self,
-        roots: tuple[_Root, ...],
+        roots: tuple[Root, ...],
         graphs_captured: int,
         decisions: Sequence[Decision],
         breaks: Sequence[str],
@@ -280,7 +280,7 @@ def _host_check(module: nn.Module) -> tuple[str, str] | None:
     return next((v for kind, v in _HOST_CHECKS.items() if isinstance(module, kind)), None)
 
 
-def _find_holders(roots: tuple[_Root, ...]) -> list[_Holder]:
+def _find_holders(roots: tuple[Root, ...]) -> list[_Holder]:
     """Returns the modules that hold a drop rate, each once, in the order of the first path."""
     holders: dict[int, _Holder] = {}
     for root in roots:
@@ -305,7 +305,7 @@ def _rate(module: nn.Module) -> float | None:
     return None
 
 
-def _roots(fn_or_module: Callable[..., object]) -> Iterator[_Root]:
+def roots_of(fn_or_module: Callable[..., object]) -> Iterator[Root]:
     """Yields the modules that a callable is, is bound to, closes over or names as globals."""
     target: object = fn_or_module
     while isinstance(target, functools.partial):
@@ -320,9 +320,9 @@ def _roots(fn_or_module: Callable[..., object]) -> Iterator[_Root]:
         names = {}
     if isinstance(target, nn.Module):
         # torch.compile(m) is a module around m.
-        yield _Root("", getattr(target, "_orig_mod", target))
+        yield Root("", getattr(target, "_orig_mod", target))
         return
     if isinstance(target, types.FunctionType):
         used = inspect.getclosurevars(target)
         names |= dict(used.globals) | dict(used.nonlocals)
-    yield from (_Root(k, v) for k, v in names.items() if isinstance(v, nn.Module))
+    yield from (Root(k, v) for k, v in names.items() if isinstance(v, nn.Module))

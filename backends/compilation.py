@@ -1,57 +1,58 @@
-"""One compilation: the passes with their fallback, and what is noted for the report."""
+"""What is shared by the passes of one compile, and noted for the report."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from ..core.decisions import Decision, Reason
-from ..core.errors import PassError
+from ..core.errors import PassError, RedrawError
 from ..core.options import Options
 from ..core.report import GraphReport
 from ..core.version import source_hash
 from ..passes.check_redraw import check_redraw
 from ..passes.cost_model import find_cost_model
-from ..passes.random_masks import lower_random_masks
 from ..passes.share_saves import ShareSaves
 from ..passes.sites import Site
 from ..passes.structure_dropout import StructureDropout, StructureResult
-
-logger: Final = logging.getLogger("ardd")
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 
 @dataclasses.dataclass
 class Compilation:
-    """What is shared by the passes of one Dynamo graph.
-
-    A graph with a failing pass is compiled as it was: `failure` says so in the report.
-    """
+    """The state of one compile of one Dynamo graph."""
 
     options: Options
     sites: Sequence[Site] = ()
+    """The dropouts that have been marked."""
+    found: Sequence[Decision] = ()
+    """Those that have been found and left alone."""
     parameters: Collection[int] = ()
+    """Which inputs are parameters."""
+    hints: Sequence[int] = ()
+    """Sizes in this call of what may differ in others: prices depend on them."""
+    inference: bool = True
+    """Whether there is no backward."""
     decisions: list[Decision] = dataclasses.field(default_factory=list)
+    """What was decided about the sites."""
     result: StructureResult | None = None
     before: str = ""
     after: str = ""
     forward: str = ""
     backward: str = ""
     saved_bytes: int | None = None
-    inference: bool = True
     failure: str | None = None
-    report_key: str = ""
+    """Traceback of what failed; the original program runs then."""
+    recalled: GraphReport | None = None
+    """The entry of the compile that torch's cache has the result of."""
 
     @property
     def from_cache(self) -> bool:
@@ -60,92 +61,110 @@ class Compilation:
 
     @property
     def key(self) -> str:
-        """What the result depends on besides the graph: the identity in torch's caches."""
+        """What the result depends on besides the graph, for torch's cache keys."""
         model = find_cost_model(self.options.cost_model)
-        return f"{source_hash()} {self.options!r} {model.name} {model.version} {sorted(self.parameters)}"
+        parts = (model.name, model.version, sorted(self.parameters), list(self.hints))
+        return f"{source_hash()} {self.options!r} {parts!r}"
 
     def rewrite(self, graph: fx.Graph) -> None:
-        """Structures the dropouts of an ATen graph, in place; the original program on failure."""
+        """Structures the dropouts of an ATen graph, in place.
+
+        Raises:
+            PassError: it could not be done, and the graph may be half rewritten.
+        """
         self.before += _code(graph)
-        backup = _copy(graph)
         structure = StructureDropout(self.options, self.sites, self.parameters)
         try:
             result = structure.apply(graph)
             if result.modified:
                 ShareSaves().apply(graph)
         except Exception as cause:
-            self.fail(structure.name, cause)
-            _restore(graph, backup)
-            lower_random_masks(graph)
-        else:
-            if self.result is None or result.modified:
-                self.result = result
-            self.decisions.extend(result.decisions)
+            # Out through torch, so that no half of this can end up in its caches.
+            raise PassError(structure.name, cause) from cause
+        if self.result is None or result.modified:
+            self.result = result
+        self.decisions.extend(result.decisions)
         self.after += _code(graph)
 
     def partition(
-        self, joint: fx.GraphModule, inputs: Sequence[object], **kwargs: Any
+        self, cut: Partition, joint: fx.GraphModule, inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Cuts a joint graph by torch's min-cut, and proves that no mask is drawn again.
+        """Cuts a joint graph in two, and proves that no mask is drawn again.
+
+        Args:
+            cut: cuts it.
+            joint: the joint graph.
+            inputs: its inputs.
+            **kwargs: what else torch gives to ``cut``.
+
+        Returns:
+            The forward and the backward graph.
 
         Raises:
             RedrawError: backward would draw a mask again.
+            PassError: the proof could not be made.
         """
-        with functorch_config.patch(activation_memory_budget=self._budget()):
-            forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
-        check_redraw(backward)
+        forward, backward = cut(joint, inputs, **kwargs)
+        try:
+            check_redraw(backward)
+        except RedrawError:
+            raise
+        except Exception as cause:
+            raise PassError("check-redraw", cause) from cause
         self.inference = False
         self.forward, self.backward = _code(forward.graph), _code(backward.graph)
         self.saved_bytes = saved_bytes(forward, kwargs["num_fwd_outputs"])
         return forward, backward
 
-    def fail(self, name: str, cause: Exception) -> None:
-        """Notes a failure, and warns; raises it in strict mode.
-
-        Raises:
-            PassError: the options say strict.
-        """
-        error = cause if isinstance(cause, PassError) else PassError(name, cause)
-        if self.options.strict:
-            raise error from cause
-        self.failure = "".join(traceback.format_exception(cause))
-        self.result = None
+    def fail(self, error: PassError) -> None:
+        """Notes that something failed and that the original program runs, and warns."""
+        self.failure = "".join(traceback.format_exception(error.cause))
         warnings.warn(f"ardd: {error}", RuntimeWarning, stacklevel=2)
 
-    def report(self, stock_saved_bytes: int | None = None) -> GraphReport:
-        """Returns the entry of the report, with what stock would have saved where that is known."""
-        settled = {d.site for d in self.decisions if d.reason is not Reason.PASS_FAILED}
-        decisions = [d for d in self.decisions if self.failure is None or not d.taken]
-        missing = [s for s in self.sites if self.failure is not None or s.index not in settled]
-        reason = Reason.SUBGRAPH if self.failure is None else Reason.PASS_FAILED
-        have = {d.site for d in decisions}
-        decisions += [_left(s, reason) for s in missing if s.index not in have]
-        result = self.result or StructureResult(modified=False)
+    def report(self, stock: Compilation | None = None) -> GraphReport:
+        """Returns the entry of the report.
+
+        Args:
+            stock: the compile of the graph without ardd, where there was one.
+        """
+        if self.recalled is not None:
+            return self._refreshed(self.recalled)
+        # Where nothing is rewritten the original program runs.
+        result = self.result if self.failure is None else None
+        run = self if result or stock is None else stock
         return GraphReport(
-            decisions=tuple(sorted(decisions, key=lambda d: d.site)),
-            flops_before=result.flops_before,
-            flops_after=result.flops_after,
-            saved_bytes_before=stock_saved_bytes,
-            saved_bytes_after=self.saved_bytes,
-            before=self.before,
-            after=self.after,
-            forward=self.forward or self.after,
-            backward=self.backward,
-            inference=self.inference,
+            decisions=self._every_decision(),
+            flops_before=result.flops_before if result else 0,
+            flops_after=result.flops_after if result else 0,
+            saved_bytes_before=stock.saved_bytes if stock else None,
+            saved_bytes_after=run.saved_bytes,
+            before=self.before or run.before,
+            after=run.after,
+            forward=run.forward or run.after,
+            backward=run.backward,
+            inference=run.inference,
             failure=self.failure,
         )
 
-    def _budget(self) -> float:
-        """Torch's memory budget re-draws masks in backward (pytorch#190758), so it stays at 1."""
-        budget = float(functorch_config.activation_memory_budget)
-        if budget < 1:
-            warnings.warn(
-                f"ardd: activation_memory_budget={budget} is ignored: torch would draw dropout"
-                " masks again in backward, which gives wrong gradients",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return 1.0
+    def _every_decision(self) -> tuple[Decision, ...]:
+        if self.failure is not None:
+            settled = [_left(site, Reason.PASS_FAILED) for site in self.sites]
+        else:
+            met = {decision.site for decision in self.decisions}
+            gone = [_left(site, Reason.UNUSED) for site in self.sites if site.index not in met]
+            settled = self.decisions + gone
+        return tuple(sorted([*self.found, *settled], key=lambda decision: decision.site))
+
+    def _refreshed(self, entry: GraphReport) -> GraphReport:
+        """Returns a recalled entry with the names of today, on which torch's caches do not look."""
+        today = {x.site: x for x in self.found} | {s.index: s for s in self.sites}
+        decisions = (
+            dataclasses.replace(d, module=today[d.site].module, source=today[d.site].source)
+            if d.site in today
+            else d
+            for d in entry.decisions
+        )
+        return dataclasses.replace(entry, decisions=tuple(decisions), from_cache=True)
 
 
 def _left(site: Site, reason: Reason) -> Decision:
@@ -159,20 +178,6 @@ def _left(site: Site, reason: Reason) -> Decision:
         taken=False,
         reason=reason,
     )
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    backup = fx.Graph()
-    backup.output(backup.graph_copy(graph, {}))
-    backup.output_node().meta = dict(graph.output_node().meta)
-    return backup
-
-
-def _restore(graph: fx.Graph, backup: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        graph.erase_node(node)
-    graph.output(graph.graph_copy(backup, {}))
-    graph.output_node().meta = dict(backup.output_node().meta)
 
 
 def _code(graph: fx.Graph) -> str:
@@ -194,5 +199,11 @@ def saved_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
 def _bytes(value: object) -> int:
     if not isinstance(value, torch.Tensor):
         return 0
-    sizes = (s if isinstance(s, int) else s.node.hint or 1 for s in value.shape)
-    return math.prod(sizes) * value.element_size()
+    return math.prod(map(size_hint, value.shape)) * value.element_size()
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """Returns a size in this call, 1 for one that only the running program knows."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1

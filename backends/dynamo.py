@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 
 from ..core import report
-from ..core.errors import ArddError, CostModelError, OptionsError, PassError
+from ..core.errors import ArddError, CostModelError, OptionsError, PassError, RedrawError
 from ..core.options import Options
-from ..core.report import GraphReport
 from ..passes.cost_model import find_cost_model
 from ..passes.mark_dropout import MarkDropout
-from .compilation import Compilation, logger
-from .report_cache import load_report, report_key, save_report
+from .compilation import Compilation, size_hint
+from .find_suspects import find_suspects
+from .memory_budget import no_memory_budget
+
+logger: Final = logging.getLogger("ardd")
+
+Target = Callable[[fx.GraphModule, Sequence[Any], Compilation | None], Callable[..., Any]]
+"""Compiles a marked graph with the passes, or with None for a compilation any graph as it is."""
 
 
 def compile_graph(
@@ -43,48 +48,50 @@ def compile_graph(
 
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
-        CostModelError: the cost model is unknown.
+        CostModelError: the cost model is unknown, or cannot be made.
         PassError: a pass failed, and the options say strict.
+        RedrawError: backward would draw a mask again, and the options say strict.
     """
     try:
-        parsed = Options.from_mapping(options)
-        find_cost_model(parsed.cost_model)
-        patches = _mode_patches(mode, parsed)
-    except (OptionsError, CostModelError) as error:
-        raise _unwrapped(error) from None
-    compilation = Compilation(parsed)
-    try:
-        compiled = compile_marked(gm, example_inputs, compilation, _target(parsed, patches))
-    except PassError as error:
-        raise _unwrapped(error) from error.cause
-    entry = _noted(compilation)
+        parsed = parse_options(options)
+        target = _target(parsed, _mode_patches(mode))
+        compilation = Compilation(parsed)
+        compiled = compile_marked(gm, example_inputs, compilation, target)
+    except ArddError as error:
+        raise unwrapped(error) from error.__cause__
+    entry = compilation.report()
     report.record(entry)
     if entry.decisions:
         logger.info("%s", report.summary_line(entry))
     return compiled
 
 
-def _noted(compilation: Compilation) -> GraphReport:
-    """Returns the entry of the report; of an earlier process where torch's cache had the graph."""
-    if compilation.from_cache:
-        saved = load_report(compilation.report_key)
-        return dataclasses.replace(saved, from_cache=True) if saved else compilation.report()
-    entry = compilation.report()
-    if compilation.report_key and entry.failure is None:
-        save_report(compilation.report_key, entry)
-    return entry
-
-
 def _reset() -> None:
     """Forgets the report; `torch._dynamo.reset` calls it."""
     report.clear()
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None and torch.cuda.is_available():
+        trees.reset_cudagraph_trees()  # as the wrapper of stock Inductor does
 
 
 compile_graph.reset = _reset  # type: ignore[attr-defined]
 
 
-Target = Callable[[fx.GraphModule, Sequence[Any], Compilation | None], Callable[..., Any]]
-"""Compiles a marked graph with the passes, or with None for a compilation any graph as it is."""
+def parse_options(options: Mapping[str, object] | None) -> Options:
+    """Returns the options that a user wrote, with a cost model that exists.
+
+    Raises:
+        OptionsError: an option is unknown or has a value it cannot have.
+        CostModelError: the cost model is unknown, or cannot be made.
+    """
+    parsed = Options.from_mapping(options)
+    try:
+        find_cost_model(parsed.cost_model)
+    except CostModelError:
+        raise
+    except Exception as cause:
+        raise CostModelError.not_made(parsed.cost_model, cause) from cause
+    return parsed
 
 
 def compile_marked(
@@ -94,39 +101,86 @@ def compile_marked(
 
     Raises:
         PassError: a pass failed, and the options say strict.
+        RedrawError: backward would draw a mask again, and the options say strict.
     """
-    marked = copy_graph_module(gm)
+    original, marked = copy_graph_module(gm), copy_graph_module(gm)
     try:
         result = MarkDropout().apply(marked)
     except Exception as cause:
-        compilation.fail(MarkDropout.name, cause)
-        return target(copy_graph_module(gm), inputs, None)
-    compilation.decisions.extend(result.decisions)
+        compilation.found = find_suspects(original)
+        with no_memory_budget(original):
+            failure = PassError(MarkDropout.name, cause)
+            return _run_original(original, inputs, compilation, target, failure)
+    compilation.found = result.decisions
     compilation.sites = result.sites
-    compilation.parameters = [i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)]
-    if not result.sites:
-        return target(copy_graph_module(gm), inputs, None)
-    compilation.report_key = report_key(marked, inputs, compilation.key)
-    try:
-        return target(marked, inputs, compilation)
-    except PassError:
-        raise
-    except Exception as cause:
-        compilation.fail("compile", cause)
-    return target(copy_graph_module(gm), inputs, None)
+    if not compilation.found and not compilation.sites:
+        return _as_it_is(original, inputs, compilation, target)
+    with no_memory_budget(original, marked):
+        if not compilation.sites:
+            return _as_it_is(original, inputs, compilation, target)
+        indices = range(len(inputs))
+        compilation.parameters = [i for i in indices if isinstance(inputs[i], torch.nn.Parameter)]
+        compilation.hints = [size_hint(x) for x in inputs if isinstance(x, torch.SymInt)]
+        try:
+            return target(marked, inputs, compilation)
+        except (RestartAnalysis, SkipFrame):
+            raise  # how Dynamo is told to trace anew, or not at all
+        except Exception as cause:
+            return _run_original(original, inputs, compilation, target, _named(cause))
+
+
+def _named(cause: Exception) -> PassError:
+    if isinstance(cause, PassError):
+        return cause
+    return PassError("check-redraw" if isinstance(cause, RedrawError) else "compile", cause)
+
+
+def _run_original(
+    original: fx.GraphModule,
+    inputs: Sequence[Any],
+    compilation: Compilation,
+    target: Target,
+    failure: PassError,
+) -> Callable[..., Any]:
+    """Compiles the original program, and only then blames a pass: it may not compile either."""
+    if compilation.options.strict and isinstance(failure.cause, RedrawError):
+        raise failure.cause
+    if compilation.options.strict:
+        raise failure from failure.cause
+    compiled = _as_it_is(original, inputs, compilation, target)
+    compilation.fail(failure)
+    return compiled
+
+
+def _as_it_is(
+    original: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation, target: Target
+) -> Callable[..., Any]:
+    wants_grad = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    compilation.inference = not (wants_grad and torch.is_grad_enabled())
+    return target(original, inputs, None)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """Returns a copy with graphs of its own, in the bodies of higher-order ops too.
 
-    Tensors are shared.
+    Tensors are shared. What Dynamo attaches outside of ``meta`` comes along: AOTAutograd reads
+    from it which inputs are parameters, and what to guard on where inputs are the same tensor.
     """
     duplicate = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     duplicate.meta = dict(gm.meta)
+    for name in _DYNAMO_ATTRIBUTES:
+        if hasattr(gm, name):
+            setattr(duplicate, name, getattr(gm, name))
+    for old, new in zip(gm.graph.nodes, duplicate.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):
             setattr(duplicate, name, copy_graph_module(child))
     return duplicate
+
+
+_DYNAMO_ATTRIBUTES: Final = ("_param_name_to_source", "_backend_id", "compile_subgraph_reason")
 
 
 def _target(options: Options, patches: Mapping[str, Any]) -> Target:
@@ -140,8 +194,8 @@ def _target(options: Options, patches: Mapping[str, Any]) -> Target:
     return functools.partial(compile_with_inductor, patches=patches)
 
 
-def _mode_patches(mode: str | None, options: Options) -> dict[str, Any]:
-    if mode is None or options.target == "eager":
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    if mode is None:
         return {}
     known = torch._inductor.list_mode_options()
     if mode not in known and mode != "default":
@@ -149,17 +203,33 @@ def _mode_patches(mode: str | None, options: Options) -> dict[str, Any]:
     return dict(known.get(mode, {}))
 
 
-def _unwrapped(error: ArddError) -> Exception:
-    """Returns the error in a form that Dynamo passes on as it is, not as BackendCompilerFailed."""
+def unwrapped(error: ArddError) -> Any:
+    """Returns the error in a form that Dynamo passes on as it is, not as BackendCompilerFailed.
+
+    The frame that calls has to be the one that raises it.
+    """
     kind = type(error)
 
     class Unwrapped(kind, ShortenTraceback):  # type: ignore[misc, valid-type]
-        pass
+        def remove_dynamo_frames(self) -> Any:
+            # Dynamo drops __cause__ after this: the lines that failed are shown as our own.
+            cause = getattr(self, "cause", None)
+            if isinstance(cause, BaseException) and cause.__traceback__ is not None:
+                return self.with_traceback(cause.__traceback__)
+            return super().remove_dynamo_frames()
+
+        def __reduce__(self) -> Any:  # pickled, it is what it was: this class has no name
+            return _remade, (kind, self.args, error.__dict__)
 
     Unwrapped.__name__ = Unwrapped.__qualname__ = kind.__name__
     Unwrapped.__module__ = kind.__module__
-    result = Unwrapped.__new__(Unwrapped, *error.args)
-    result.args = error.args
-    result.__dict__.update(error.__dict__)
+    result = _remade(Unwrapped, error.args, error.__dict__)
     result.first_useful_frame = sys._getframe(1)  # the frame that raises it
+    return result
+
+
+def _remade(kind: type[Any], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> Any:
+    result = kind.__new__(kind, *args)
+    result.args = args
+    result.__dict__.update(attributes)
     return result

@@ -30,7 +30,7 @@ def compile_eagerly(
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
     )
-    return compiler(gm, inputs)  # type: ignore[no-any-return, arg-type]
+    return compiler(gm, inputs)
 
 
 def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -49,8 +49,9 @@ def _rewrite_and_run(
 def _rewrite_and_partition(
     compilation: Compilation | None, joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
+    cut = min_cut_rematerialization_partition
     if compilation is None:
-        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+        return cut(joint, inputs, **kwargs)
     compilation.rewrite(joint.graph)
     joint.recompile()
-    return compilation.partition(joint, inputs, **kwargs)
+    return compilation.partition(cut, joint, inputs, **kwargs)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.utils import counters
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx
 
-from ..core.options import Options
+from ..core.errors import ArddError
 from ..core.report import GraphReport, Report
-from .absence import explain_absence
-from .compilation import Compilation, saved_bytes
-from .dynamo import compile_marked, copy_graph_module
-from .inductor import inductor_patches
+from .absence import explain_absence, roots_of
+from .compilation import Compilation
+from .dynamo import compile_marked, copy_graph_module, parse_options, unwrapped
+from .inductor import trace_with_inductor
+from .keep_state import keep_state
+
+_BREAKS = ("graph_break", "unimplemented")
 
 
 def explain(
@@ -30,11 +30,11 @@ def explain(
 ) -> Report:
     """Says what ``torch.compile(fn, backend="ardd", options=options)`` would do on a call.
 
-    The call runs once, uncompiled, to find all graphs; the state of torch's generators and the
-    buffers of a module are put back afterwards. No gradient is computed.
+    The call runs once, uncompiled, to find all graphs; random generators and the buffers of the
+    modules are put back afterwards. No gradient is computed.
 
     Args:
-        fn: a module or a function.
+        fn: a module or a function, compiled or not.
         *args: arguments of the call.
         options: see `ardd.Options`.
         **kwargs: keyword arguments of the call.
@@ -44,61 +44,49 @@ def explain(
 
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
+        CostModelError: the cost model is unknown, or cannot be made.
+        PassError: a pass failed, and the options say strict.
+        RedrawError: backward would draw a mask again, and the options say strict.
     """
-    parsed = Options.from_mapping(options)
+    parsed = parse_options(options)
     entries: list[GraphReport] = []
-    breaks = {reason for kind in _BREAKS for reason in counters[kind]}
-    compiled = torch.compile(fn, backend=functools.partial(_dry_run, parsed, entries))
-    with _state_of(fn):
-        compiled(*args, **kwargs)
-    new_breaks = [r for kind in _BREAKS for r in counters[kind] if r not in breaks]
-    decisions = [decision for entry in entries for decision in entry.decisions]
-    notes = explain_absence(fn, len(entries), decisions, break_reasons=new_breaks)
-    return Report(tuple(entries), tuple(notes))
 
-
-_BREAKS = ("graph_break", "unimplemented")
-
-
-def _dry_run(
-    options: Options, entries: list[GraphReport], gm: fx.GraphModule, inputs: Sequence[Any]
-) -> Callable[..., Any]:
-    """A Dynamo backend that notes what would be done and runs the graph as it is."""
-    compilation = Compilation(options)
-    compile_marked(gm, inputs, compilation, _trace)
-    stock = Compilation(options)
-    _trace(gm, inputs, stock)
-    entries.append(compilation.report(stock.saved_bytes))
-    return gm.forward
-
-
-def _trace(
-    gm: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation | None
-) -> Callable[..., Any]:
-    """Runs Inductor's own pipeline up to the point where code would be generated."""
-    patches: dict[str, Any] = {}
-    if compilation is not None:
-        hooks = inductor_patches(compilation)
-        patches = hooks if compilation.sites else {"custom_partitioner_fn": hooks["custom_partitioner_fn"]}
-    with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(  # type: ignore[no-any-return]
-            copy_graph_module(gm), inputs, inner_compile=_unused, config_patches=patches
-        )
-
-
-def _unused(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _state_of(fn: Callable[..., Any]) -> Iterator[None]:
-    """Puts generators and buffers back as they were."""
-    buffers = list(fn.buffers()) if isinstance(fn, torch.nn.Module) else []
-    before = [buffer.detach().clone() for buffer in buffers]
-    with torch.random.fork_rng():
+    def dry_run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compilation, stock = Compilation(parsed), Compilation(parsed)
         try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
+            compile_marked(gm, inputs, compilation, trace_with_inductor)
+        except ArddError as error:
+            raise unwrapped(error) from error.__cause__
+        trace_with_inductor(copy_graph_module(gm), inputs, stock)
+        entries.append(compilation.report(stock))
+        return gm.forward
+
+    fn = _as_written(fn)
+    modules = [root.module for root in roots_of(fn)]
+    breaks = _breaks()
+    with keep_state(modules):
+        torch.compile(fn, backend=dry_run, **_ISOLATED)(*args, **kwargs)
+    decisions = [decision for entry in entries for decision in entry.decisions]
+    new_breaks = [*(_breaks() - breaks)]
+    return Report(tuple(entries), explain_absence(fn, len(entries), decisions, new_breaks))
+
+
+# What a function was compiled for here must not count against the limit of its recompiles: at
+# the limit torch runs it uncompiled from then on. Versions of torch before 2.13 count it.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
+
+
+def _as_written(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what the user gave to torch.compile, which compiles nothing inside of itself."""
+    if isinstance(fn, nn.Module):
+        return getattr(fn, "_orig_mod", fn)
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
+
+
+def _breaks() -> Counter[str]:
+    """Returns how often each reason ended a graph so far."""
+    return sum((Counter(counters[kind]) for kind in _BREAKS), Counter())

@@ -1,10 +1,10 @@
-"""Keeps reports beside Inductor's cache: on a warm start no pass runs, and there still is a report."""
+"""Keeps reports beside Inductor's cache: a warm start runs no pass, and still has a report."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,25 +36,24 @@ def report_key(gm: fx.GraphModule, inputs: Sequence[Any], identity: str) -> str:
 
 
 def save_report(key: str, entry: GraphReport) -> None:
-    """Writes the entry; a folder that cannot be written to only costs the report of a warm start."""
-    folder = _folder()
-    try:
+    """Writes the entry; where that cannot be done, a warm start has to find out again."""
+    with contextlib.suppress(OSError):
+        folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(entry.to_dict(), file)
-        os.replace(file.name, folder / f"{key}.json")
-    except OSError:
-        pass
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            path = Path(own, "report.json")
+            path.write_text(json.dumps(entry.to_dict()))
+            path.replace(folder / f"{key}.json")
 
 
 def load_report(key: str) -> GraphReport | None:
-    """Reads the entry that an earlier process wrote, None where there is none to be trusted."""
-    path = _folder() / f"{key}.json"
+    """Reads the entry that an earlier compile wrote, None where there is none to be trusted."""
     try:
+        path = _folder() / f"{key}.json"
         if path.stat().st_size > MAX_BYTES:
             return None
         return GraphReport.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last from brackets in brackets
         return None
 
 

@@ -64,7 +64,7 @@ class GraphReport:
     inference: bool
     """Whether the graph was compiled without a backward."""
     from_cache: bool = False
-    """Whether this entry was written by an earlier process that compiled the graph."""
+    """Whether torch's cache had the compiled graph, of this process or an earlier one."""
     failure: str | None = None
     """Traceback of the pass that failed; the original program runs then."""
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .emit import Emitter, fake_mode_of
 from .facts import KeptAxis
 from .kept_sets import KeptSet, draw, expand, gather
 from .price_plan import Choice
 from .relation import is_tensor, shape_of, tensor_operands
+from .rules.layout import SQUEEZES, squeezed_dims
+from .settle_layouts import settled_layouts
 from .support import Form, Support, is_zero
 
 aten = torch.ops.aten
@@ -43,7 +47,8 @@ def compact(
         means: the mean of every mask.
         chosen: the dropouts that are structured; all other masks are left as they are.
     """
-    _Compactor(graph, support, means, chosen).run()
+    with settled_layouts(graph):
+        _Compactor(graph, support, means, chosen).run()
 
 
 class _Compactor:
@@ -135,7 +140,13 @@ class _Compactor:
             position, dims = relation.sizes
             form = self._support.dims_form(node, dims, self._chosen)
             args = (*args[:position], self._cut_sizes(args[position], form), *args[position + 1 :])
-        self._stored[node] = self._emit.op(node, node.target, *args, **kwargs)
+        target: Any = node.target
+        if target in SQUEEZES:  # a dimension that is cut to size 1 must stay
+            target, args = aten.squeeze.dims, (args[0], squeezed_dims(node))
+        if target in (aten.view.default, aten._unsafe_view.default):
+            self._stored[node] = self._emit.view(node, *args)
+        else:
+            self._stored[node] = self._emit.op(node, target, *args, **kwargs)
 
     def _scaled(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Multiplies by the number that a kept part of a mask is, not by a tensor of it.
@@ -180,7 +191,12 @@ class _Compactor:
         if want == have:
             return stored
         if (node, want) not in self._converted:
-            self._converted[node, want] = self._change_form(node, stored, have, want, before)
+            # What is an input stays in memory anyway, and to gather it again costs 1 % of a step
+            # at batch 128: the gathered part of a weight is not worth its memory.
+            again = node.op == "placeholder"
+            policy = self._emit.marked(CheckpointPolicy.MUST_RECOMPUTE)
+            with policy if again else contextlib.nullcontext():
+                self._converted[node, want] = self._change_form(node, stored, have, want, before)
         return self._converted[node, want]
 
     def _change_form(
@@ -209,21 +225,9 @@ class _Compactor:
         def dense(node: fx.Node) -> fx.Node:
             if not is_tensor(node):
                 return node
-            whole = self._convert(node, (None,) * len(shape_of(node)), output)
-            return whole if whole is node else self._as_laid_out(whole, node, output)
+            return self._convert(node, (None,) * len(shape_of(node)), output)
 
         output.args = fx.map_arg(output.args, dense)
-
-    def _as_laid_out(self, x: fx.Node, like: fx.Node, before: fx.Node) -> fx.Node:
-        """Gives a result the stride order that the program promised its caller."""
-        have, promised = x.meta["val"].stride(), like.meta["val"].stride()
-        if have == promised or not all(isinstance(s, int) for s in (*have, *promised)):
-            return x
-        order = sorted(range(len(promised)), key=lambda d: -promised[d])
-        back = [order.index(d) for d in range(len(order))]
-        x = self._emit.op(before, aten.permute.default, x, order)
-        x = self._emit.op(before, aten.clone.default, x, memory_format=torch.contiguous_format)
-        return self._emit.op(before, aten.permute.default, x, back)
 
 
 def _broadcasts_to(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .relation import shape_of
 
@@ -31,16 +34,33 @@ class Emitter:
     def __init__(self, graph: fx.Graph, fake_mode: FakeTensorMode) -> None:
         self._graph = graph
         self._fake_mode = fake_mode
+        self._policy: CheckpointPolicy | None = None
+
+    @contextlib.contextmanager
+    def marked(self, policy: CheckpointPolicy) -> Iterator[None]:
+        """Tells the partitioner, of all ops added meanwhile, to save or to recompute them."""
+        self._policy = policy
+        try:
+            yield
+        finally:
+            self._policy = None
 
     def op(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds one op and computes its fake value."""
         with self._graph.inserting_before(before):
             node = self._graph.call_function(target, args, kwargs)
         node.meta = {key: before.meta[key] for key in _PROVENANCE if key in before.meta}
+        if self._policy is not None:
+            node.meta["recompute"] = self._policy
+            node.meta.setdefault("ac_graph_id", 0)
+        node.meta["val"] = self.value(target, args, kwargs)
+        return node
+
+    def value(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the fake value of a call."""
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self._fake_mode, enable_python_dispatcher():
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
-        return node
+            return target(*fake_args, **fake_kwargs)
 
     def sizes(self, before: fx.Node, tensor: fx.Node, like: fx.Node | None = None) -> list[Any]:
         """Returns the sizes of a tensor as arguments: numbers, and nodes where symbolic.

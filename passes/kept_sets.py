@@ -38,12 +38,10 @@ def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptS
     """Draws the kept set of a mask, once: backward reads what forward drew."""
     device = mask.meta["val"].device
     sizes = (choice.n_blocks, choice.n_kept)
-    pair = emit.op(before, draw_blocks, *sizes, device, mask.args[4], choice.axis.site)
-    kept = emit.op(before, operator.getitem, pair, 0)
-    slot = emit.op(before, operator.getitem, pair, 1)
-    for node in (pair, kept, slot):
-        # Activation checkpointing would recompute what stands in its region.
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
+        pair = emit.op(before, draw_blocks, *sizes, device, mask.args[4], choice.axis.site)
+        kept = emit.op(before, operator.getitem, pair, 0)
+        slot = emit.op(before, operator.getitem, pair, 1)
     return KeptSet(choice, kept, slot)
 
 

@@ -18,6 +18,7 @@ from torch import fx
 from ..runtime.dropout_mask import dropout_mask
 from .emit import Emitter, fake_mode_of
 from .feature_dims import forward_nodes
+from .settle_layouts import settled_layouts
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -35,6 +36,11 @@ def lower_random_masks(graph: fx.Graph) -> None:
     masks = masks_in(graph)
     if not masks:
         return
+    with settled_layouts(graph):
+        _lower_all(graph, masks)
+
+
+def _lower_all(graph: fx.Graph, masks: list[fx.Node]) -> None:
     emit = Emitter(graph, fake_mode_of(graph))
     forward = set(forward_nodes(graph))
     for mask in masks:
@@ -73,7 +79,7 @@ def _lower(
     for user in list(mask.users):
         other: Any = next((x for x in user.all_input_nodes if x is not mask), None)
         plain = user.target is aten.mul.Tensor and other is not None
-        if plain and user in forward and user.meta["val"].dtype == value.dtype:
+        if plain and user in forward and other.meta["val"].dtype == value.dtype:
             kept = emit.op(user, aten.mul.Tensor, keep, other)
             result = emit.op(user, aten.mul.Tensor, kept, scale) if scale != 1.0 else kept
             user.replace_all_uses_with(result)

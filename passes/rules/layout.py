@@ -22,6 +22,8 @@ from ..relation import (
     tensor_operands,
 )
 
+aten = torch.ops.aten
+
 Size = int | torch.SymInt
 
 
@@ -61,7 +63,7 @@ def view(node: fx.Node) -> Relation:
             label = _merge(target, targets, out, operand, sources[0], label)
     dims_out = tuple(out)
     lists_sizes = len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
-    lists_sizes = lists_sizes and len(node.args[1]) == len(target) and node.target not in _SQUEEZES  # type: ignore[arg-type]
+    lists_sizes = lists_sizes and len(node.args[1]) == len(target) and node.target not in SQUEEZES  # type: ignore[arg-type]
     return Relation(
         (tuple(operand),),
         (Output(dims_out, any_of),),
@@ -69,7 +71,15 @@ def view(node: fx.Node) -> Relation:
     )
 
 
-_SQUEEZES = (torch.ops.aten.squeeze.dims,)
+SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+def squeezed_dims(node: fx.Node) -> list[int]:
+    """Returns the dimensions that a squeeze removes."""
+    shape = shape_of(tensor_operands(node)[0])
+    dims: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
+    asked = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims) if shape}
+    return [d for d in sorted(asked) if statically_known_true(shape[d] == 1)]
 
 
 def expand(node: fx.Node) -> Relation:

@@ -52,12 +52,12 @@ def along(node: fx.Node) -> Relation | None:
 
 def _reduce(node: fx.Node, zero: ZeroRule, *, contracts: bool, outputs: int) -> Relation | None:
     rank = len(shape_of(tensor_operands(node)[0]))
-    dim = node.args[1] if len(node.args) > 1 else None
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if isinstance(dim, int):
         dim = [dim]
     if dim is not None and not isinstance(dim, Sequence):
         return None
-    reduced = {d % rank for d in dim} if dim else set(range(rank))  # type: ignore[operator]
+    reduced = {d % max(rank, 1) for d in dim} if dim else set(range(rank))  # type: ignore[operator]
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     operand = tuple((Factor(d),) if contracts or d not in reduced else () for d in range(rank))
     out = tuple(

@@ -10,10 +10,12 @@ from .core.errors import ArddError, CostModelError, OptionsError, PassError, Red
 from .core.options import Options
 from .core.report import GraphReport, Report
 from .core.report import current as report
-from .core.version import VERSION as __version__
+from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
 from .runtime.draw_blocks import Draw
 from .runtime.draw_blocks import record_draws as record_masks
+
+__version__ = VERSION
 
 __all__ = [
     "ArddError",
@@ -58,6 +60,9 @@ def explain(
 
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
+        CostModelError: the cost model is unknown, or cannot be made.
+        PassError: a pass failed, and the options say strict.
+        RedrawError: backward would draw a mask again, and the options say strict.
     """
     from .backends import explain as dry_run  # loads the compiler: only when asked to
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ardd.passes.facts import EVERYTHING, NOTHING, Facts, KeptAxis
-from ardd.passes.relation import Dims, Factor, Output, Relation, tensor_operands
+from ardd.passes.relation import Dims, Factor, Output, Relation
 from ardd.passes.rules import relation_of, rule_table
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -70,7 +70,9 @@ def b(*shape: int) -> Tensor:
     return torch.rand(shape) < 0.5
 
 
-def unary(op: Any, *args: Any, zero: str = "0", x: Callable[..., Tensor] = signed, **kwargs: Any) -> Row:
+def unary(
+    op: Any, *args: Any, zero: str = "0", x: Callable[..., Tensor] = signed, **kwargs: Any
+) -> Row:
     return Row(op, lambda: (x(4, 6), *args), "ab -> ab", zero, kwargs)
 
 
@@ -256,6 +258,7 @@ ROWS: list[Row] = [
     Row(aten.var_mean.correction, lambda: (f(2, 4, 6), [2]), "ab. -> ab ab", "0, 0", {"correction": 1}),
     *(Row(op, lambda: (f(4, 6), 1), "a. -> a", "-") for op in (aten.prod.dim_int, aten.argmax.default, aten.argmin.default)),
     Row(aten.argmax.default, lambda: (f(4, 6),), ".. -> ", "-"),
+    Row(aten.amax.default, lambda: (f(), [-1], True), " -> ", "0"),
     Row(aten.all.dim, lambda: (b(4, 6), 0, True), ".a -> .a", "-"),
     Row(aten.cumsum.default, lambda: (f(4, 6), 1), "a. -> a.", "-"),
     *(Row(op.default, lambda: (f(2, 4, 6), -1, False), "ab. -> ab.", "-") for op in (aten._softmax, aten._log_softmax)),
@@ -491,7 +494,11 @@ class Call:
                 self.relation.outputs, self.run(operands), claims, strict=True
             ):
                 if claimed and output is not None and x is not None:
-                    outside = x - self.zeroed(x, output.dims, label, kept) if x.dtype != torch.bool else x & ~self.zeroed(x, output.dims, label, kept)
+                    outside = (
+                        x - self.zeroed(x, output.dims, label, kept)
+                        if x.dtype != torch.bool
+                        else x & ~self.zeroed(x, output.dims, label, kept)
+                    )
                     # 0 / 0 alone is undefined; a program that divides by a dropped value has no
                     # other result to compare with
                     assert not outside.nan_to_num(nan=0).any(), f"{label} is not zero given {facts}"
@@ -588,7 +595,9 @@ def written(relation: Relation) -> str:
     def one(dims: Dims) -> str:
         text = ""
         for factors in dims:
-            names = [letters.setdefault(x.label, string.ascii_letters[len(letters)]) for x in factors]
+            names = [
+                letters.setdefault(x.label, string.ascii_letters[len(letters)]) for x in factors
+            ]
             text += f"({''.join(names)})" if len(names) > 1 else "".join(names) or "."
         return text
 
@@ -609,6 +618,6 @@ def smallest_sets(relation: Relation, output: Output | None) -> str:
     for count in range(len(relation.operands) + 1):
         for chosen in itertools.combinations(labelled, count):
             facts = [S if i in chosen else NOTHING for i in range(len(relation.operands))]
-            if S <= output.zero(facts) and not any(have <= set(chosen) for have in found):
+            if output.zero(facts) >= S and not any(have <= set(chosen) for have in found):
                 found.append(set(chosen))
     return "|".join("&".join(map(str, sorted(one))) for one in found) or "-"

@@ -1,0 +1,210 @@
+"""Runs a program with the masks that a compiled run of it drew: the reference for exactness.
+
+The rewritten program is right if it equals the dense program with the same masks. The structured
+masks are recorded when they are drawn; the ordinary ones that the eager target left are drawn again
+here from the same state of the generator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import ardd
+from ardd.runtime.draw_blocks import draw_blocks
+
+# name -> the dimensions that share a draw, given the number of dimensions
+DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
+    torch.dropout: lambda rank: (),
+    torch.feature_dropout: lambda rank: range(2, rank),
+    F.dropout: lambda rank: (),
+    F.dropout1d: lambda rank: [rank - 1],
+    F.dropout2d: lambda rank: range(2, rank),
+    F.dropout3d: lambda rank: range(2, rank),
+}
+
+# How far a result may be from the reference, relative to the largest number in it. The same sums
+# are taken in another order, over up to a few thousand terms: some 1e-13 and 1e-4 was seen.
+RTOL = {torch.float64: 1e-9, torch.float32: 2e-4}
+# The gradient of a bias before a normalisation is zero but for rounding: numbers this much smaller
+# than the largest gradient of all are as good as zero.
+NOISE = 1e-3
+
+
+class Replay(TorchFunctionMode):
+    """Gives every dropout the mask of the compiled run; program order is the order of the sites.
+
+    Args:
+        decisions: those on the one graph that was compiled.
+        draws: what the run drew, from `ardd.record_masks`.
+        seed: the seed before the run.
+    """
+
+    def __init__(
+        self, decisions: Sequence[ardd.Decision], draws: Sequence[ardd.Draw], seed: int
+    ) -> None:
+        super().__init__()
+        self._decisions = {decision.site: decision for decision in decisions}
+        self._kept = {draw.site: draw for draw in draws}
+        self.count = 0
+        """Dropouts seen so far."""
+        torch.manual_seed(seed)
+        for instance, draw in enumerate(draws):  # every draw of a graph stands at its beginning
+            kept, _ = draw_blocks(
+                draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance
+            )
+            assert torch.equal(kept, draw.kept)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Replaces dropouts, and runs everything else as it is."""
+        kwargs = kwargs or {}
+        if func not in DROPOUTS:
+            return func(*args, **kwargs)
+        x, p, training, inplace = _arguments(*args, **kwargs)
+        if not training or p == 0:
+            return x
+        site = self.count
+        self.count += 1
+        mask = self._mask(x, self._decisions[site], DROPOUTS[func](x.dim()))
+        return x.mul_(mask) if inplace else x * mask
+
+    def _mask(self, x: Tensor, decision: ardd.Decision, shared: Sequence[int]) -> Tensor:
+        sizes = [1 if dim in shared else size for dim, size in enumerate(x.shape)]
+        if decision.reason is ardd.Reason.P_IS_ONE:
+            return torch.zeros_like(x)
+        if not decision.taken:
+            dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+            mask = (torch.rand(sizes, dtype=dtype) > decision.p).to(x.dtype)
+            return mask / (1 - decision.p)
+        draw = self._kept[decision.site]
+        assert decision.dim is not None
+        assert decision.block is not None
+        blocks = torch.zeros(draw.n_blocks, dtype=x.dtype)
+        blocks[draw.kept] = draw.n_blocks / len(draw.kept)
+        features = blocks.repeat_interleave(decision.block)
+        view = [-1 if dim == decision.dim else 1 for dim in range(x.dim())]
+        return features.view(view).expand(sizes)
+
+
+def _arguments(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    train: bool | None = None,
+) -> tuple[Tensor, float, bool, bool]:
+    return input, p, training if train is None else train, inplace
+
+
+@dataclasses.dataclass
+class Run:
+    """What a program computed."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Yields every result with a name."""
+        yield from ((f"output {number}", x) for number, x in enumerate(self.outputs))
+        yield from self.gradients.items()
+
+
+def run(fn: Callable[..., Any], module: nn.Module, inputs: Sequence[Any]) -> Run:
+    """Runs forward, and backward if there is something to differentiate.
+
+    Args:
+        fn: what to call: the module or what it was compiled to.
+        module: has the parameters.
+        inputs: arguments; those that require grad get a gradient.
+    """
+    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    wanted |= {
+        f"input {number}": x
+        for number, x in enumerate(inputs)
+        if isinstance(x, Tensor) and x.requires_grad
+    }
+    results = fn(*inputs)
+    outputs: list[Tensor] = [results] if isinstance(results, Tensor) else list(results)
+    gradients: dict[str, Tensor | None] = {}
+    if wanted and torch.is_grad_enabled():
+        # Some weights of the sum, the same in every run and unlike each other.
+        loss = sum(
+            (x * torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).cos().view(x.shape)).sum()
+            for x in outputs
+            if x.requires_grad
+        )
+        assert isinstance(loss, Tensor)
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        gradients = dict(zip(wanted, found, strict=True))
+    return Run([x.detach() for x in outputs], gradients)
+
+
+def check_exact(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    seed: int = 0,
+    options: Mapping[str, object] | None = None,
+    compiled: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> tuple[ardd.Decision, ...]:
+    """Checks that a compiled module computes the dense program with the masks that it drew.
+
+    Args:
+        module: compiled here unless ``compiled`` is given.
+        inputs: its arguments.
+        seed: for the run.
+        options: added to ``pattern="block", target="eager", strict=True``.
+        compiled: what the module was compiled to, as the last thing that was compiled.
+        **kwargs: for `torch.compile`.
+
+    Returns:
+        The decisions on its dropouts.
+    """
+    given = {"pattern": "block", "target": "eager", "strict": True, **(options or {})}
+    compiled = compiled or torch.compile(module, backend="ardd", options=given, **kwargs)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    torch.manual_seed(seed)
+    with ardd.record_masks() as draws:
+        have = run(compiled, module, inputs)
+    graphs = ardd.report().graphs
+    decisions = graphs[-1].decisions if graphs else ()
+    buffers_after = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    replay = Replay(decisions, draws, seed)
+    with replay:
+        want = run(module, module, inputs)
+    assert replay.count == len(decisions)
+    compare(have, want)
+    for name, buffer in module.named_buffers():
+        torch.testing.assert_close(buffers_after[name], buffer, msg=name)
+    return decisions
+
+
+def compare(have: Run, want: Run, rtol: float | None = None) -> None:
+    """Checks that two runs agree, up to rounding."""
+    largest = max(
+        (float(g.abs().max()) for g in want.gradients.values() if g is not None and g.numel()),
+        default=0.0,
+    )
+    for (name, a), (_, b) in zip(have, want, strict=True):
+        assert (a is None) == (b is None), f"{name}: {a} instead of {b}"
+        if a is None or b is None or b.numel() == 0:
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        assert a.stride() == b.stride() or not name.startswith("output"), name
+        error = float((a - b).abs().max())
+        scale = max(float(b.abs().max()), largest * NOISE)
+        bound = rtol if rtol is not None else RTOL[b.dtype]
+        assert error <= bound * scale, f"{name}: off by {error:g} of {scale:g}"
