@@ -19,7 +19,7 @@ def keep_state(modules: Sequence[nn.Module]) -> Iterator[None]:
     every = [inner for module in modules for inner in module.modules()]
     calls = [inner._compiled_call_impl for inner in every]
     buffers = [
-        (inner, name, buffer, buffer._version, buffer.detach().clone())
+        (inner, name, buffer, buffer.detach().clone())
         for inner in every
         for name, buffer in inner._buffers.items()
         if buffer is not None
@@ -34,14 +34,15 @@ def keep_state(modules: Sequence[nn.Module]) -> Iterator[None]:
         finally:
             for inner, call in zip(every, calls, strict=True):
                 inner._compiled_call_impl = call
-            for inner, name, buffer, version, value in buffers:
+            for inner, name, buffer, value in buffers:
                 inner._buffers[name] = buffer
-                _put_back(buffer, version, value)
+                _put_back(buffer, value)
             random.setstate(state)
 
 
-def _put_back(buffer: Tensor, version: int, value: Tensor) -> None:
-    # A write that changes nothing would still make a backward that is due refuse the buffer.
-    if buffer._version != version:
+def _put_back(buffer: Tensor, value: Tensor) -> None:
+    # A write that changes nothing would still make a backward that is due refuse the buffer. Its
+    # version does not say whether it was written to: batch norm leaves that alone.
+    if not torch.equal(buffer, value):
         with torch.no_grad():
             buffer.copy_(value)

@@ -18,6 +18,7 @@ from .support import Support
 # More blocks would not make the gathers of any device cheaper, fewer make masks poor in variety.
 MAX_BLOCK = 128
 MIN_BLOCKS = 8
+_ROUNDING = 1e-12  # 1 - 12 / 25 - 0.5 is a little more than 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,8 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
         ):
             continue
         n_kept = round(n_blocks * (1 - p))
-        if 0 < n_kept < n_blocks and abs(1 - n_kept / n_blocks - p) <= options.rate_tolerance:
+        error = abs(1 - n_kept / n_blocks - p)
+        if 0 < n_kept < n_blocks and error <= options.rate_tolerance + _ROUNDING:
             yield Choice(axis, block, n_blocks, n_kept)
 
 

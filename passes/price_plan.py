@@ -252,5 +252,7 @@ def _size_hints(support: Support) -> dict[sympy.Symbol, int]:
 
 def _hint_of(size: torch.SymInt, symbol: sympy.Symbol) -> int:
     shape_env = size.node.shape_env
-    known = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    # torch 2.11 has the older of the two names.
+    names = ("backed_var_to_val", "var_to_val")
+    known = getattr(shape_env, next(name for name in names if hasattr(shape_env, name)))
     return int(known.get(symbol, 8192))  # an unbacked size has no example: take it for large

@@ -162,6 +162,8 @@ def test_unused_dropout_has_a_row() -> None:
     assert Reason.SUBGRAPH not in reasons
 
 
+# Torch asks for the .grad of what crosses the break, and hides the warning, but not the error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_broken_graphs_are_all_there() -> None:
     class Broken(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -307,8 +309,8 @@ def test_compiled_graphs_are_left_alone() -> None:
     model = Net()
     compiled = torch.compile(model, backend="ardd", options=EAGER)
     check_exact(compiled, model, torch.randn(4, 16))
-    for pattern in ("block", "random") * 6:
-        assert len(ardd.explain(model, torch.randn(4, 16), options={"pattern": pattern}).graphs) == 1
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        assert len(ardd.explain(model, torch.randn(4, 16)).graphs) == 1
     check_exact(compiled, model, torch.randn(4, 16))
     assert len(ardd.report().graphs) == 1
     check_exact(compiled, model, torch.randn(5, 16))
@@ -319,7 +321,8 @@ def test_compiled_modules_are_explained() -> None:
     """However the user compiled it, what is explained is what the user wrote."""
     x = torch.randn(4, 16)
     expected = ardd.explain(Net(), x).decisions
-    assert ardd.explain(torch.compile(Net(), backend="ardd", options=EAGER), x).decisions == expected
+    compiled = torch.compile(Net(), backend="ardd", options=EAGER)
+    assert ardd.explain(compiled, x).decisions == expected
     model = Net()
     model.compile(backend="ardd", options=EAGER)
     inside = nn.Sequential(model)

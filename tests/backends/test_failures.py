@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,10 +79,10 @@ def warned(run: Callable[[], object]) -> list[str]:
 
 
 @pytest.fixture(params=PLANTS, ids=lambda plant: plant.name)
-def plant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
+def plant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Plant:
     planted: Plant = request.param
     monkeypatch.setattr(planted.module, planted.function, fails)
-    yield planted
+    return planted
 
 
 def compiled_program(**options: Any) -> Callable[[Tensor], Tensor]:

@@ -126,7 +126,7 @@ def test_uneven_batches_compile_a_bounded_number_of_times() -> None:
 
 
 def test_empty_batch() -> None:
-    compiled, model = compiled_net()
+    compiled, _ = compiled_net()
     assert compiled(torch.randn(0, 16)).shape == (0, 8)
 
 
