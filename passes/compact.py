@@ -123,6 +123,10 @@ class _Compactor:
                 new = self._emit.op(node, operator.getitem, self._stored[source], index)  # type: ignore[index]
                 self._stored[node] = new
             return
+        if node.target is aten.sym_size.int:  # a symbolic size, which no form cuts
+            tensor, dim = node.args
+            node.args = (self._stored.get(tensor, tensor), dim)  # type: ignore[arg-type]
+            return
         wanted = self._support.operand_forms(node, self._chosen)
         operands = tensor_operands(node)
         cut = any(axis is not None for form in wanted for axis in form)
@@ -139,7 +143,11 @@ class _Compactor:
         if relation.sizes is not None:
             position, dims = relation.sizes
             form = self._support.dims_form(node, dims, self._chosen)
-            args = (*args[:position], self._cut_sizes(args[position], form), *args[position + 1 :])
+            args = (
+                *args[:position],
+                self._cut_sizes(args[position], form, node),
+                *args[position + 1 :],
+            )
         target: Any = node.target
         if target in SQUEEZES:  # a dimension that is cut to size 1 must stay
             target, args = aten.squeeze.dims, (args[0], squeezed_dims(node))
@@ -175,15 +183,18 @@ class _Compactor:
             lambda x: self._convert(x, next(forms), node) if is_tensor(x) else x,
         )
 
-    def _cut_sizes(self, sizes: Any, form: Form) -> list[Any]:
+    def _cut_sizes(self, sizes: Any, form: Form, before: fx.Node) -> list[Any]:
         return [
-            size
-            if axis is None
-            else int(size * self._chosen[axis.scaled(1)].keep)
-            if isinstance(size, int) and size != -1
-            else -1
+            size if axis is None else self._cut_size(size, self._chosen[axis.scaled(1)], before)
             for size, axis in zip(sizes, form, strict=True)
         ]
+
+    def _cut_size(self, size: Any, choice: Choice, before: fx.Node) -> Any:
+        if not isinstance(size, fx.Node):
+            return size if size == -1 else int(size * choice.keep)
+        # Symbolic where a dimension of unknown size is merged with the one that is cut.
+        kept = self._emit.op(before, operator.mul, size, choice.n_kept)
+        return self._emit.op(before, operator.floordiv, kept, choice.n_blocks)
 
     def _convert(self, node: fx.Node, want: Form, before: fx.Node) -> fx.Node:
         stored = self._stored.get(node, node)
@@ -205,7 +216,7 @@ class _Compactor:
         zero = self._support.zero(node)
         changed = [d for d in range(len(want)) if have[d] != want[d]]
         if is_zero(node):
-            sizes = self._cut_sizes(node.args[0], want)
+            sizes = self._cut_sizes(node.args[0], want, before)
             return self._emit.op(before, node.target, sizes, *node.args[1:], **node.kwargs)
         for dim in changed:  # gathers first: what follows has less to move
             axis = want[dim]

@@ -203,7 +203,6 @@ def compare(have: Run, want: Run, rtol: float | None = None) -> None:
         if a is None or b is None or b.numel() == 0:
             continue
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-        assert a.stride() == b.stride() or not name.startswith("output"), name
         error = float((a - b).abs().max())
         scale = max(float(b.abs().max()), largest * NOISE)
         bound = rtol if rtol is not None else RTOL[b.dtype]

@@ -59,7 +59,7 @@ print(json.dumps({
 OPTIONS: dict[str, object] = {"pattern": "block", "strict": True}
 
 
-def train(cache: Path, package: Path = PACKAGE, **options: object) -> dict[str, Any]:
+def train(cache: Path, package: Path = PACKAGE, **options: Any) -> dict[str, Any]:
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(package.parent)}
     printed = run_python(TRAIN, json.dumps(OPTIONS | options), env=env)
     result: dict[str, Any] = json.loads(printed.splitlines()[-1])
@@ -140,9 +140,7 @@ def test_a_lost_report_is_found_again(cold: tuple[Path, dict[str, Any]], tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"block_size": 4}, {"rate_tolerance": 0.5}])
-def test_changed_option_misses(
-    cold: tuple[Path, dict[str, Any]], options: dict[str, object]
-) -> None:
+def test_changed_option_misses(cold: tuple[Path, dict[str, Any]], options: dict[str, Any]) -> None:
     result = train(cold[0], **options)
     counted = result["counters"]
     assert counted.get("autograd_cache_miss") == 1
@@ -171,7 +169,7 @@ def test_changed_source_misses(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"checkpoint": True}, {"dynamic": True}])
-def test_other_programs_hit_too(tmp_path: Path, options: dict[str, object]) -> None:
+def test_other_programs_hit_too(tmp_path: Path, options: dict[str, Any]) -> None:
     first, second = train(tmp_path, **options), train(tmp_path, **options)
     assert_miss(first)
     assert_hit(second)
@@ -228,7 +226,12 @@ def test_sizes_of_this_call_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> N
     from ardd.backends import eager
 
     keys: list[str] = []
-    monkeypatch.setattr(eager, "compile_eagerly", lambda gm, _, c: keys.append(c.key) or gm.forward)
+
+    def note(gm: torch.fx.GraphModule, inputs: Any, compilation: Compilation) -> Any:
+        keys.append(compilation.key)
+        return gm.forward
+
+    monkeypatch.setattr(eager, "compile_eagerly", note)
     for batch in (8, 512, 8):
         torch._dynamo.reset()
         x = torch.randn(batch, 16)

@@ -30,6 +30,7 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm1d(32)
         self.drop = nn.Dropout(0.5)
         self.last = nn.Linear(32, 8)
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def test_broken_graphs_are_all_there() -> None:
 
 def test_nothing_captured_is_explained() -> None:
     class Hidden(Net):
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ import ardd
 # a few hundred terms each: some hundred times the unit of the type, 2**-53, 2**-24 and 2**-8.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
-EAGER = {"target": "eager", "pattern": "block", "strict": True}
+EAGER: dict[str, Any] = {"target": "eager", "pattern": "block", "strict": True}
 """Options that structure every dropout that can be, without the time that Inductor takes."""
 
 
