@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -64,15 +65,15 @@ def explain(
     fn = _as_written(fn)
     modules = [root.module for root in roots_of(fn)]
     breaks = _breaks()
-    with keep_state(modules):
+    with keep_state(modules), torch._dynamo.config.patch(recompile_limit=sys.maxsize):
         torch.compile(fn, backend=dry_run, **_ISOLATED)(*args, **kwargs)
     decisions = [decision for entry in entries for decision in entry.decisions]
     new_breaks = [*(_breaks() - breaks)]
     return Report(tuple(entries), explain_absence(fn, len(entries), decisions, new_breaks))
 
 
-# What a function was compiled for here must not count against the limit of its recompiles: at
-# the limit torch runs it uncompiled from then on. Versions of torch before 2.13 count it.
+# What a function was compiled for here must not count against the limit of its recompiles, at
+# which torch runs it uncompiled from then on. Before 2.13 torch cannot keep that apart.
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters

@@ -17,7 +17,7 @@ def keep_state(modules: Sequence[nn.Module]) -> Iterator[None]:
     Inside, modules that ``.compile()`` was called on run uncompiled.
     """
     every = [inner for module in modules for inner in module.modules()]
-    calls = [inner._compiled_call_impl for inner in every]
+    compiled = {inner: call for inner in every if (call := inner._compiled_call_impl) is not None}
     buffers = [
         (inner, name, buffer, buffer.detach().clone())
         for inner in every
@@ -27,12 +27,12 @@ def keep_state(modules: Sequence[nn.Module]) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     state = random.getstate()
     with torch.random.fork_rng(devices):
-        for inner in every:
+        for inner in compiled:
             inner._compiled_call_impl = None
         try:
             yield
         finally:
-            for inner, call in zip(every, calls, strict=True):
+            for inner, call in compiled.items():
                 inner._compiled_call_impl = call
             for inner, name, buffer, value in buffers:
                 inner._buffers[name] = buffer

@@ -171,7 +171,8 @@ def check_exact(
         The decisions on its dropouts.
     """
     given = {"pattern": "block", "target": "eager", "strict": True, **(options or {})}
-    compiled = compiled or torch.compile(module, backend="ardd", options=given, **kwargs)
+    if compiled is None:
+        compiled = torch.compile(module, backend="ardd", options=given, **kwargs)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     torch.manual_seed(seed)
     with ardd.record_masks() as draws:

@@ -28,6 +28,7 @@ from .yardstick import EAGER, PACKAGE, Net, run_python
 TRAIN = """
 import json, sys, torch
 from torch._dynamo.utils import counters
+from ardd.backends.dynamo import compile_graph
 options = json.loads(sys.argv[1])
 dynamic, checkpoint = options.pop("dynamic", False), options.pop("checkpoint", False)
 model = torch.nn.Sequential(
@@ -41,7 +42,7 @@ def program(x):
 torch.manual_seed(0)
 for p in model.parameters():
     torch.nn.init.normal_(p)
-compiled = torch.compile(program, backend="ardd", options=options)
+compiled = torch.compile(program, backend=compile_graph, options=options)
 x = torch.randn(32, 16)
 if dynamic:
     torch._dynamo.mark_dynamic(x, 0)

@@ -147,6 +147,7 @@ def test_mode_is_one_of_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.11, when it tunes
 def test_mode_through_inductor() -> None:
     model = Net(p=0.5)
     mode = "max-autotune-no-cudagraphs"
