@@ -155,6 +155,7 @@ def check_exact(
     seed: int = 0,
     options: Mapping[str, object] | None = None,
     compiled: Callable[..., Any] | None = None,
+    rtol: float | None = None,
     **kwargs: Any,
 ) -> tuple[ardd.Decision, ...]:
     """Checks that a compiled module computes the dense program with the masks that it drew.
@@ -165,6 +166,7 @@ def check_exact(
         seed: for the run.
         options: added to ``pattern="block", target="eager", strict=True``.
         compiled: what the module was compiled to, as the last thing that was compiled.
+        rtol: how far from the reference a result may be, in place of `RTOL`.
         **kwargs: for `torch.compile`.
 
     Returns:
@@ -187,7 +189,7 @@ def check_exact(
     with replay:
         want = run(module, module, inputs)
     assert replay.count == len(decisions)
-    compare(have, want)
+    compare(have, want, rtol)
     for name, buffer in module.named_buffers():
         torch.testing.assert_close(buffers_after[name], buffer, msg=name)
     return decisions

@@ -182,7 +182,7 @@ ROWS: list[Row] = [
     *(
         Row(
             aten.convolution.default,
-            lambda n=n: (f(4, 6, *[5] * n), f(8, 6, *[3] * n), None, [2] * n, [1] * n, [1] * n, False, [0] * n, 1),
+            lambda n=n: (f(4, 6, *[5] * n), f(8, 6, *[3] * n), None, [2] * n, [1] * n, [1] * n, False, [0] * n, 1),  # type: ignore[misc]
             f"ab{'.' * n} cb{'.' * n} -> ac{'.' * n}",
             "0|1",
         )
@@ -197,15 +197,15 @@ ROWS: list[Row] = [
     *(
         Row(
             aten.convolution_backward.default,
-            lambda n=n, mask=mask: (
+            lambda n=n, mask=mask: (  # type: ignore[misc]
                 f(4, 8, *[5] * n), f(4, 6, *[5] * n), f(8, 6, *[3] * n), [8] if mask[2] else None,
                 [1] * n, [1] * n, [1] * n, False, [0] * n, 1, mask,
             ),
             f"ab{'.' * n} ac{'.' * n} bc{'.' * n} -> " + " ".join(
                 dims if wanted else "?"
-                for dims, wanted in zip((f"ac{'.' * n}", f"bc{'.' * n}", "b"), mask)
+                for dims, wanted in zip((f"ac{'.' * n}", f"bc{'.' * n}", "b"), mask, strict=False)
             ),
-            ", ".join(zero if wanted else "?" for zero, wanted in zip(("2", "0|1", "0"), mask)),
+            ", ".join(zero if wanted else "?" for zero, wanted in zip(("2", "0|1", "0"), mask, strict=False)),
         )
         for n in (1, 2, 3)
         for mask in ([True, True, True], [True, True, False], [False, True, False], [True, False, False])
