@@ -20,7 +20,7 @@ from ..passes.cost_model import find_cost_model
 from ..passes.mark_dropout import MarkDropout
 from .compilation import Compilation, size_hint
 from .find_suspects import find_suspects
-from .memory_budget import no_memory_budget
+from .no_redraw import no_redraw
 
 logger: Final = logging.getLogger("ardd")
 
@@ -108,14 +108,14 @@ def compile_marked(
         result = MarkDropout().apply(marked)
     except Exception as cause:
         compilation.found = find_suspects(original)
-        with no_memory_budget(original):
+        with no_redraw(original):
             failure = PassError(MarkDropout.name, cause)
             return _run_original(original, inputs, compilation, target, failure)
     compilation.found = result.decisions
     compilation.sites = result.sites
     if not compilation.found and not compilation.sites:
         return _as_it_is(original, inputs, compilation, target)
-    with no_memory_budget(original, marked):
+    with no_redraw(original, marked):
         if not compilation.sites:
             return _as_it_is(original, inputs, compilation, target)
         indices = range(len(inputs))

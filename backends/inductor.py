@@ -109,10 +109,13 @@ def trace_with_inductor(
 
 
 def _hooks(compilation: Compilation) -> dict[str, Any]:
-    return {
+    hooks: dict[str, Any] = {
         "joint_custom_pre_pass": JointPass(compilation),
         "custom_partitioner_fn": Partitioner(compilation),
     }
+    if hasattr(inductor_config, "use_joint_graph_passes"):
+        hooks["use_joint_graph_passes"] = True  # the mode "lite" would leave ours out too
+    return hooks
 
 
 def _as_tuple(passes: Any) -> tuple[Any, ...]:

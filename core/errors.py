@@ -80,8 +80,7 @@ class RedrawError(ArddError):
     def __str__(self) -> str:
         return (
             f"The backward graph draws random numbers again: {self.draw}. A mask must be drawn "
-            "once, in the forward, and saved. torch._functorch.config.activation_memory_budget "
-            "below 1 makes torch do this."
+            "once, in the forward, and saved."
         )
 
 

@@ -44,7 +44,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x + self.body(x)
-        return y * x if self.thrice else y
+        return y * x if self.thrice else y  # type: ignore[no-any-return]
 
 
 class Two(nn.Module):
@@ -69,7 +69,7 @@ class Two(nn.Module):
             return b - 0.5 * a  # type: ignore[no-any-return]
         if self.how == "where":
             return torch.where(a > b, a, b)
-        return a * torch.sigmoid(b)
+        return a * torch.sigmoid(b)  # type: ignore[no-any-return]
 
 
 class Tied(nn.Module):
@@ -161,6 +161,10 @@ def dropout(draw: Draw) -> nn.Module:
 # Functions that keep the shape, whatever it is
 ODDITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda x: x.roll(3, -1),
+    "plus zeros": lambda x: x + torch.zeros(x.shape[-1], dtype=x.dtype),
+    "times zeros": lambda x: x * torch.zeros(x.shape[-1], dtype=x.dtype),
+    "zeros beside": lambda x: torch.cat([x, torch.zeros_like(x)], -1)[..., 3 : 3 + x.shape[-1]],
+    "zeros stacked": lambda x: torch.stack([x, torch.zeros_like(x)], 1).sum(1),
     "flip": lambda x: x.flip(1),
     "index": lambda x: x[:, torch.arange(x.shape[1]).flip(0)],
     "gather": lambda x: x.gather(-1, torch.arange(x.shape[-1]).flip(0).expand(x.shape)),
@@ -179,12 +183,20 @@ ODDITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "stack": lambda x: torch.stack([x, 2 * x], 1).sum(1),
     "stack max": lambda x: torch.stack([x, 0.5 * x], -1).amax(-1),
     "repeat": lambda x: x.repeat(2, *[1] * (x.dim() - 1))[x.shape[0] :],
-    "interleave": lambda x: x.repeat_interleave(2, 1).view(x.shape[0], x.shape[1], 2, -1)[:, :, 1].view(x.shape),
+    "interleave": lambda x: (
+        x.repeat_interleave(2, 1).view(x.shape[0], x.shape[1], 2, -1)[:, :, 1].view(x.shape)
+    ),
     "expand": lambda x: x.unsqueeze(1).expand(-1, 3, *x.shape[1:]).mean(1),
     "outer": lambda x: (x.unsqueeze(-1) * x.unsqueeze(-2)).sum(-1),
     "einsum": lambda x: torch.einsum("n...,m...->n...", x, x),
-    "bmm": lambda x: (x.flatten(1).unsqueeze(1) @ x.flatten(1).unsqueeze(2)).view(-1, *[1] * (x.dim() - 1)) * x,
-    "baddbmm": lambda x: torch.baddbmm(x.flatten(1).unsqueeze(1), torch.ones(x.shape[0], 1, 1, dtype=x.dtype), x.flatten(1).unsqueeze(1)).view(x.shape),
+    "bmm": lambda x: (
+        (x.flatten(1).unsqueeze(1) @ x.flatten(1).unsqueeze(2)).view(-1, *[1] * (x.dim() - 1)) * x
+    ),
+    "baddbmm": lambda x: torch.baddbmm(
+        x.flatten(1).unsqueeze(1),
+        torch.ones(x.shape[0], 1, 1, dtype=x.dtype),
+        x.flatten(1).unsqueeze(1),
+    ).view(x.shape),
     "prod": lambda x: x * torch.tanh(x).add(1).prod(-1, keepdim=True),
     "cumsum": lambda x: x.cumsum(-1),
     "cumprod": lambda x: torch.sigmoid(x).cumprod(1),
@@ -199,7 +211,9 @@ ODDITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "addcmul": lambda x: torch.addcmul(x, x, x, value=0.5),
     "clone": lambda x: x.transpose(0, 1).clone().transpose(0, 1),
     "contiguous": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "strided": lambda x: (x * 2).as_strided(x.shape, x.contiguous().stride()) if x.is_contiguous() else x,
+    "strided": lambda x: (
+        (x * 2).as_strided(x.shape, x.contiguous().stride()) if x.is_contiguous() else x
+    ),
     "assigned": lambda x: _assigned(x),
     "exchange": lambda x: x.movedim(1, -1).reshape(x.shape[0], -1).view(x.shape),
     "over the batch": lambda x: x * x.flatten(1).T.sum(0).view(-1, *[1] * (x.dim() - 1)),
@@ -210,7 +224,9 @@ ODDITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "atan2": lambda x: torch.atan2(x, 1 + x * x),
     "pairs": lambda x: torch.cat([x[..., 1::2], x[..., ::2]], -1),
     "rotate": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2),
-    "split": lambda x: torch.cat([p * i for i, p in enumerate(x.split([4, x.shape[-1] - 4], -1))], -1),
+    "split": lambda x: torch.cat(
+        [p * i for i, p in enumerate(x.split([4, x.shape[-1] - 4], -1))], -1
+    ),
 }
 
 

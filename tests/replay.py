@@ -95,7 +95,7 @@ class Replay(TorchFunctionMode):
 
 
 def _arguments(
-    input: Tensor,
+    input: Tensor,  # noqa: A002  # as torch names it
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -126,7 +126,9 @@ def run(fn: Callable[..., Any], module: nn.Module, inputs: Sequence[Any]) -> Run
         module: has the parameters.
         inputs: arguments; those that require grad get a gradient.
     """
-    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    wanted: dict[str, Tensor] = {
+        name: p for name, p in module.named_parameters() if p.requires_grad
+    }
     wanted |= {
         f"input {number}": x
         for number, x in enumerate(inputs)
@@ -172,7 +174,12 @@ def check_exact(
     Returns:
         The decisions on its dropouts.
     """
-    given = {"pattern": "block", "target": "eager", "strict": True, **(options or {})}
+    given: dict[str, Any] = {
+        "pattern": "block",
+        "target": "eager",
+        "strict": True,
+        **(options or {}),
+    }
     if compiled is None:
         compiled = torch.compile(module, backend="ardd", options=given, **kwargs)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 import torch
+from tests.replay import check_exact, compare, run
 from torch import Tensor, nn
 
 import ardd
-from tests.replay import check_exact, compare, run
 
 pytestmark = pytest.mark.slow
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-WIDTH, HEADS, LAYERS, WORDS, LENGTH, BATCH = 32, 2, 2, 64, 8, 2
+WIDTH, HEADS, WORDS, LENGTH, BATCH = 32, 2, 64, 8, 2
 
 
 def ids() -> Tensor:
@@ -37,11 +36,11 @@ class Logits(nn.Module):
 Made = tuple[nn.Module, tuple[str, ...], list[Tensor]]
 
 
-def bert(p: float, p_attention: float, attention: str) -> Made:
+def bert(p: float, p_attention: float, attention: str, layers: int) -> Made:
     config = transformers.BertConfig(
         vocab_size=WORDS,
         hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         intermediate_size=2 * WIDTH,
         max_position_embeddings=LENGTH,
@@ -52,11 +51,11 @@ def bert(p: float, p_attention: float, attention: str) -> Made:
     return transformers.BertForMaskedLM(config), ("input_ids",), [ids()]
 
 
-def gpt2(p: float, p_attention: float, attention: str) -> Made:
+def gpt2(p: float, p_attention: float, attention: str, layers: int) -> Made:
     config = transformers.GPT2Config(
         vocab_size=WORDS,
         n_embd=WIDTH,
-        n_layer=LAYERS,
+        n_layer=layers,
         n_head=HEADS,
         n_positions=LENGTH,
         resid_pdrop=p,
@@ -69,13 +68,13 @@ def gpt2(p: float, p_attention: float, attention: str) -> Made:
     return transformers.GPT2LMHeadModel(config), ("input_ids",), [ids()]
 
 
-def t5(p: float, p_attention: float, attention: str) -> Made:
+def t5(p: float, p_attention: float, attention: str, layers: int) -> Made:
     config = transformers.T5Config(
         vocab_size=WORDS,
         d_model=WIDTH,
         d_kv=WIDTH // HEADS,
         d_ff=2 * WIDTH,
-        num_layers=LAYERS,
+        num_layers=layers,
         num_heads=HEADS,
         dropout_rate=p,
         decoder_start_token_id=0,
@@ -88,10 +87,10 @@ def t5(p: float, p_attention: float, attention: str) -> Made:
     return model, ("input_ids", "decoder_input_ids"), [ids(), ids()]
 
 
-def vit(p: float, p_attention: float, attention: str) -> Made:
+def vit(p: float, p_attention: float, attention: str, layers: int) -> Made:
     config = transformers.ViTConfig(
         hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         intermediate_size=2 * WIDTH,
         image_size=8,
@@ -105,7 +104,7 @@ def vit(p: float, p_attention: float, attention: str) -> Made:
     return model, ("pixel_values",), [torch.randn(BATCH, 3, 8, 8)]
 
 
-MODELS: Mapping[str, Callable[[float, float, str], Made]] = {
+MODELS: Mapping[str, Callable[[float, float, str, int], Made]] = {
     "bert": bert,
     "gpt2": gpt2,
     "t5": t5,
@@ -116,8 +115,10 @@ MODELS: Mapping[str, Callable[[float, float, str], Made]] = {
 RTOL = 1e-5
 
 
-def made(name: str, p: float, p_attention: float, attention: str) -> tuple[nn.Module, list[Tensor]]:
-    model, keys, inputs = MODELS[name](p, p_attention, attention)
+def made(
+    name: str, p: float, p_attention: float, attention: str, layers: int = 2
+) -> tuple[nn.Module, list[Tensor]]:
+    model, keys, inputs = MODELS[name](p, p_attention, attention, layers)
     module = Logits(model, keys).double().train()
     return module, [x.double() if x.is_floating_point() else x for x in inputs]
 
@@ -136,7 +137,7 @@ def test_a_rate_of_nearly_zero_gives_the_gradients_of_eager(name: str, attention
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rate_of_nearly_zero_through_inductor(name: str) -> None:
-    module, inputs = made(name, 1e-30, 1e-30, "sdpa")
+    module, inputs = made(name, 1e-30, 1e-30, "sdpa", layers=1)
     compiled = torch.compile(module, backend="ardd", fullgraph=True, options={"strict": True})
     compare(run(compiled, module, inputs), run(module, module, inputs), RTOL)
 
@@ -147,7 +148,9 @@ def test_a_rate_of_nearly_zero_through_inductor(name: str) -> None:
 def test_exact_for_the_masks_drawn(name: str, p: float, attention: str) -> None:
     module, inputs = made(name, p, 0.0, attention)
     decisions = check_exact(module, inputs, rtol=RTOL, fullgraph=True)
-    assert all(decision.taken for decision in decisions)
+    left = [decision.module for decision in decisions if not decision.taken]
+    # The first thing behind the embeddings of GPT-2 is a norm: no product, nothing to shrink
+    assert left == (["model.transformer.drop"] if name == "gpt2" else [])
 
 
 @pytest.mark.parametrize("name", MODELS)

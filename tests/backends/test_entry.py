@@ -146,6 +146,13 @@ def test_mode_is_one_of_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expected.items() <= seen[0].items()
 
 
+def test_a_mode_that_leaves_out_passes_does_not_leave_out_ours() -> None:
+    """Such as "lite": the user named the backend, and it would silently do nothing."""
+    with torch._inductor.config.patch(use_joint_graph_passes=False):
+        report = ardd.explain(Net(), torch.randn(2, 16), options={"pattern": "block"})
+    assert [d.taken for d in report.decisions] == [True, True]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.11, when it tunes
 def test_mode_through_inductor() -> None:

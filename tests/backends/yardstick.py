@@ -64,6 +64,17 @@ def step(fn: Callable[..., Tensor], model: nn.Module, *inputs: Tensor) -> Run:
     return Run(output.detach(), grads, list(draws))
 
 
+def compiled_net(**kwargs: Any) -> tuple[Callable[..., Tensor], Net]:
+    model = Net(**kwargs)
+    compiled: Callable[..., Tensor] = torch.compile(model, backend="ardd", options=EAGER)
+    return compiled, model
+
+
+def same_draws(first: Run, second: Run) -> bool:
+    pairs = zip(first.draws, second.draws, strict=True)
+    return all(torch.equal(a.kept, b.kept) for a, b in pairs)
+
+
 def mask_of(decision: ardd.Decision, draw: ardd.Draw) -> Tensor:
     """Returns the dense mask that a draw stands for."""
     assert decision.taken
