@@ -44,6 +44,9 @@ def _lower_all(graph: fx.Graph, masks: list[fx.Node]) -> None:
     emit = Emitter(graph, fake_mode_of(graph))
     forward = set(forward_nodes(graph))
     for mask in masks:
+        if not mask.users:
+            graph.erase_node(mask)
+            continue
         like, _, p, mean, _ = mask.args
         assert isinstance(like, fx.Node)
         assert isinstance(p, float)
