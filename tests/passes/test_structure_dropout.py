@@ -1,0 +1,179 @@
+"""The pass over the joint graph: when it fires, when it does not, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.passes.tracing import check_values, mask, site, targets, trace
+from torch import Tensor, fx
+
+from ardd.core.decisions import Decision, Reason
+from ardd.core.options import Options
+from ardd.passes.sites import Site
+from ardd.passes.structure_dropout import StructureDropout, StructureResult
+
+BLOCK = Options(pattern="block")
+X, W = torch.randn(6, 16), torch.randn(16, 32)
+
+
+def apply(gm: fx.GraphModule, *sites: Site, options: Options = BLOCK) -> StructureResult:
+    result = StructureDropout(options, sites or (site(0), site(1))).apply(gm.graph)
+    gm.graph.lint()
+    check_values(gm.graph)
+    assert not any("dropout_mask" in name for name in targets(gm.graph))
+    return result
+
+
+def run(
+    fn: Callable[..., Any], *inputs: Tensor, options: Options = BLOCK, **kwargs: Any
+) -> tuple[list[str], tuple[Decision, ...]]:
+    """Returns the ops that the pass leaves, and its decisions."""
+    gm = trace(fn, *inputs, **kwargs)
+    decisions = apply(gm, options=options).decisions
+    return targets(gm.graph), decisions
+
+
+def refused(decision: Decision) -> Reason:
+    assert not decision.taken
+    assert (decision.pattern, decision.dim, decision.block) == ("random", None, None)
+    return decision.reason
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    h = x @ w
+    return h * mask(h)
+
+
+def test_a_dropped_product_is_cut() -> None:
+    ops, (decision,) = run(linear, X, W)
+    assert decision.taken
+    assert (decision.dim, decision.p_used, decision.shape) == (1, 0.5, (6, 32))
+    assert (decision.flops_before, decision.flops_after) == (2 * 6 * 16 * 32, 6 * 16 * 32)
+    assert ops[0] == "ardd.draw_blocks"
+    assert "aten.bernoulli" not in ops
+
+
+def test_a_graph_without_a_dropout_is_untouched() -> None:
+    """No mask: not modified, and the text of the graph says the same."""
+    gm = trace(lambda x, w: (x @ w).relu(), X, W)
+    before = str(gm.graph)
+    assert apply(gm) == StructureResult(modified=False)
+    assert str(gm.graph) == before
+
+
+def test_no_product() -> None:
+    """A softmax reads every feature: nothing to leave out."""
+    ops, (decision,) = run(lambda x: (x * mask(x)).softmax(-1), X)
+    assert refused(decision) is Reason.NO_PRODUCT
+    assert "aten.rand" in ops
+    assert "ardd.draw_blocks" not in ops
+
+
+def test_no_product_with_a_weight() -> None:
+    """Attention contracts tokens with values, which are no weight: tokens are no features."""
+
+    def attend(x: Tensor, w: Tensor) -> Tensor:
+        values = x @ w
+        probabilities = (values @ values.t()).softmax(-1)
+        return (probabilities * mask(probabilities)) @ values
+
+    _, (decision,) = run(attend, X, W)
+    assert refused(decision) is Reason.NO_PRODUCT
+
+
+def test_shape() -> None:
+    """Of 7 features none can be dropped at 0.5: 3/7 and 4/7 are both too far."""
+    _, (decision,) = run(linear, X, torch.randn(16, 7))
+    assert refused(decision) is Reason.SHAPE
+    assert decision.detail == "size 7, p 0.5, block_size auto"
+
+
+def test_shape_for_a_block_size() -> None:
+    """32 features are not made of blocks of 5."""
+    _, (decision,) = run(linear, X, W, options=Options(pattern="block", block_size=5))
+    assert refused(decision) is Reason.SHAPE
+
+
+def test_dynamic_dim() -> None:
+    """Nothing of x has a fixed size."""
+    _, (decision,) = run(linear, X, W, dynamic=True)
+    assert refused(decision) is Reason.DYNAMIC_DIM
+
+
+def test_conflict() -> None:
+    """Two dropouts of the same features, which cannot be cut in two ways: one stays random."""
+
+    def twice(x: Tensor, w: Tensor) -> Tensor:
+        h = x @ w
+        h = h * mask(h, site=0)
+        return h * mask(h, site=1)
+
+    _, decisions = run(twice, X, W)
+    taken, left = sorted(decisions, key=lambda decision: not decision.taken)
+    assert taken.taken
+    assert refused(left) is Reason.CONFLICT
+    assert left.detail == f"dropout {taken.site}"
+
+
+def test_p_rounds_to_zero() -> None:
+    """1 - 1e-30 is 1 in float32: nothing is ever dropped, so nothing is drawn."""
+    ops, (decision,) = run(lambda x, w: (x @ w) * mask(x @ w, 1e-30), X, W)
+    assert refused(decision) is Reason.P_ROUNDS_TO_ZERO
+    assert not any("rand" in op or "draw" in op for op in ops)
+
+
+def test_pattern_random() -> None:
+    """The user asks for ordinary masks."""
+    ops, (decision,) = run(linear, X, W, options=Options(pattern="random"))
+    assert refused(decision) is Reason.PATTERN_RANDOM
+    assert "aten.rand" in ops
+
+
+def test_out_of_fuel() -> None:
+    """One rewrite is allowed: the second dropout stays random."""
+
+    def two(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        h = x @ w
+        y = (h * mask(h, site=0)) @ v
+        return y * mask(y, site=1)
+
+    options = Options(pattern="block", max_rewrites=1)
+    _, decisions = run(two, X, W, torch.randn(32, 16), options=options)
+    assert [decision.taken for decision in decisions] == [True, False]
+    assert refused(decisions[1]) is Reason.OUT_OF_FUEL
+
+
+def test_weight_dropout() -> None:
+    """What is dropped is a weight (DropConnect): left random for now."""
+    gm = trace(lambda x, w: x @ (w * mask(w)), X, W)
+    (decision,) = apply(gm, site(of_weight=True)).decisions
+    assert refused(decision) is Reason.WEIGHT_DROPOUT
+
+
+def test_unused() -> None:
+    """Nothing reads the mask: it goes."""
+    gm = trace(linear, X, W)
+    (product,) = (node for node in gm.graph.nodes if str(node.target) == "aten.mul.Tensor")
+    product.replace_all_uses_with(product.args[0])
+    gm.graph.erase_node(product)
+    (decision,) = apply(gm).decisions
+    assert refused(decision) is Reason.UNUSED
+    assert targets(gm.graph) == ["aten.mm"]
+
+
+def test_not_worth_it() -> None:
+    """A product this small costs less than the gather that would shrink it."""
+    _, (decision,) = run(linear, X, W, options=Options())
+    assert refused(decision) is Reason.NOT_WORTH_IT
+    assert decision.detail
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_stay(dtype: torch.dtype) -> None:
+    gm = trace(linear, X.to(dtype), W.to(dtype))
+    apply(gm)
+    (result,) = gm.graph.output_node().all_input_nodes
+    assert result.meta["val"].dtype == dtype
