@@ -29,9 +29,6 @@ from torch import Tensor, nn
 import ardd
 
 PIXELS, HIDDEN, CLASSES, BATCH = 784, 1024, 10, 128
-# With momentum 0.9, masks that a whole batch shares diverge at 0.05 and p = 0.7, under eager
-# PyTorch too; Bernoulli masks do not. At 0.02 every kind of mask trains.
-LEARNING_RATE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +100,13 @@ def what_ardd_uses(mask: Mask, model: nn.Module, x: Tensor) -> str:
 
 
 def train(
-    model: nn.Module, run: Callable[[Tensor], Tensor], data: Data, *, epochs: int, seed: int
+    model: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    data: Data,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
 ) -> tuple[float, float]:
     """Trains `model` from new weights and returns its test accuracy in per cent and its loss."""
     torch.manual_seed(seed)
@@ -112,7 +115,7 @@ def train(
             module.reset_parameters()
     generator = torch.Generator().manual_seed(seed)  # the same batches whatever the masks draw
     steps = len(data.train_x) // BATCH
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     model.train()
     for _ in range(epochs):
@@ -165,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--p", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--epochs", type=int, default=20)
+    # With momentum 0.9, masks that a whole batch shares diverge at 0.05 and p = 0.7, under eager
+    # PyTorch too; Bernoulli masks do not. At 0.02 every kind of mask trains.
+    parser.add_argument("--lr", type=float, default=0.02, help="of SGD, momentum 0.9, cosine")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--out", type=Path, help="folder to write the table to")
     args = parser.parse_args(argv)
@@ -187,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = torch.compile(model, backend=mask.backend, options=mask.options)
             accuracies, losses = [], []
             for seed in range(args.seeds):
-                accuracy, loss = train(model, run, data, epochs=args.epochs, seed=seed)
+                accuracy, loss = train(
+                    model, run, data, epochs=args.epochs, learning_rate=args.lr, seed=seed
+                )
                 accuracies.append(accuracy)
                 losses.append(loss)
                 progress.advance(bar)
