@@ -106,7 +106,7 @@ class Compilation:
         """
         forward, backward = cut(joint, inputs, **kwargs)
         try:
-            check_redraw(backward)
+            check_redraw(forward, backward)
         except RedrawError:
             raise
         except Exception as cause:

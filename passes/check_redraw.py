@@ -10,26 +10,32 @@ from ..runtime.draw_blocks import draw_blocks
 from ..runtime.dropout_mask import dropout_mask
 
 
-def check_redraw(backward: fx.GraphModule) -> None:
+def check_redraw(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
     """Looks for random ops in a backward graph and in its submodules.
 
-    Two kinds may stand there, since they give the forward's numbers again: ops that a
+    Three kinds may stand there. Two give the forward's numbers again: ops that a
     ``run_with_rng_state`` runs from the state that the forward saved, and Inductor's
-    ``inductor_random`` of a seed that the forward saved.
+    ``inductor_random`` of a seed that the forward saved. The third is drawn in backward alone,
+    such as the noise of a gradient hook: the cut copies nodes under their names, and the forward
+    has none of that name.
 
     Raises:
         RedrawError: another one was found.
     """
+    drawn_before = {node.name for node in forward.graph.nodes}
     for module in backward.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
-                if node.op == "call_function" and _draws(node.target):
+                again = module is not backward or node.name in drawn_before
+                if node.op == "call_function" and _draws(node.target) and (again or _ours(node)):
                     raise RedrawError(node.format_node() or node.name)
 
 
+def _ours(node: fx.Node) -> bool:
+    return node.target in (draw_blocks, dropout_mask)
+
+
 def _draws(target: object) -> bool:
-    if target in (draw_blocks, dropout_mask):
-        return True
     if not isinstance(target, torch._ops.OpOverload):
         return False
     if target is torch.ops.prims.inductor_random.default:

@@ -53,6 +53,8 @@ def gather(
     x [outer * n_blocks * unit] -> [outer, n_blocks, unit][:, kept] -> [outer * n_kept * unit]
     """
     unit = kept.choice.block * axis.inner
+    if before.target is aten.convolution.default and len(shape_of(x)) == 1:
+        return _bias_by_elements(emit, before, x, kept, unit)
     return _by_blocks(
         emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept
     )
@@ -82,6 +84,29 @@ def expand(
         kept.clamped,
         kept.inside,
     )
+
+
+def _bias_by_elements(
+    emit: Emitter, before: fx.Node, x: fx.Node, kept: KeptSet, unit: int
+) -> fx.Node:
+    """Cuts without a view: before torch 2.13 Inductor's convolution takes none as its bias."""
+    device = x.meta["val"].device
+    starts = emit.op(
+        before, aten.mul.Tensor, emit.op(before, aten.unsqueeze.default, kept.kept, 1), unit
+    )
+    within = emit.op(
+        before,
+        torch.ops.prims.iota.default,
+        unit,
+        start=0,
+        step=1,
+        dtype=torch.int64,
+        device=device,
+        requires_grad=False,
+    )
+    index = emit.op(before, aten.add.Tensor, starts, within)
+    index = emit.view(before, index, [kept.choice.n_kept * unit])
+    return emit.op(before, aten.index.Tensor, x, [index])
 
 
 def _by_blocks(

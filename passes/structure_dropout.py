@@ -112,7 +112,8 @@ class StructureDropout:
         if not mask.users:
             return Reason.UNUSED
         if not support.masks[mask]:
-            return Reason.DYNAMIC_DIM
+            fixed = all(isinstance(size, int) for size in shape_of(mask))
+            return Reason.SHAPE if fixed else Reason.DYNAMIC_DIM
         return None
 
     def _decision(

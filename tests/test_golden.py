@@ -75,7 +75,9 @@ _FOR_TWO = {
 }
 CHANGES: dict[str, dict[str, int]] = {
     "mlp": _FOR_TWO,
-    "cnn": _FOR_TWO,
+    # The biases of the convolutions are cut by elements, the rest by blocks.
+    "cnn": _FOR_TWO
+    | {"aten.view": 28, "aten.add": 2, "aten.mul": 2, "aten.unsqueeze": 2, "prims.iota": 2},
     "transformer_block": {
         "ardd.dropout_mask": -3,
         "ardd.draw_blocks": 3,

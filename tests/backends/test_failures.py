@@ -242,6 +242,21 @@ def plant_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "min_cut_rematerialization_partition", redraw)
 
 
+def test_noise_of_a_gradient_hook_is_no_redraw() -> None:
+    """A hook of the user draws in backward, what no forward drew: nothing is wrong with that."""
+
+    def noisy(x: Tensor) -> Tensor:
+        h = F.dropout(x @ x.t(), 0.5)
+        h.register_hook(lambda grad: grad + torch.rand_like(grad))
+        return (h @ x).sum()
+
+    x = torch.randn(16, 16, requires_grad=True)
+    torch.compile(noisy, backend="ardd", options=EAGER | {"strict": True})(x).backward()
+    (graph,) = ardd.report().graphs
+    assert graph.failure is None
+    assert "rand" in graph.backward
+
+
 def test_redraw_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     plant_redraw(monkeypatch)
     messages = warned(lambda: check_is_original(compiled_program(strict=False)))

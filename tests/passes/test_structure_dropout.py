@@ -103,6 +103,12 @@ def test_dynamic_dim() -> None:
     assert refused(decision) is Reason.DYNAMIC_DIM
 
 
+def test_shape_of_one_number() -> None:
+    """A mask of one number is one draw: there are no blocks of it."""
+    _, (decision,) = run(linear, torch.randn(1, 1), torch.randn(1, 7))
+    assert refused(decision) is Reason.SHAPE
+
+
 def test_conflict() -> None:
     """Two dropouts of the same features, which cannot be cut in two ways: one stays random."""
 
