@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..core.decisions import Decision, Reason
-from ..core.errors import PassError, RedrawError
+from ..core.errors import BudgetError, PassError, RedrawError
 from ..core.options import Options
 from ..core.report import GraphReport
 from ..core.version import source_hash
 from ..passes.check_redraw import check_redraw
+from ..passes.compress_saves import CompressSaves, SavesResult
 from ..passes.cost_model import find_cost_model
+from ..passes.cut_graphs import Cut
 from ..passes.share_saves import ShareSaves
 from ..passes.sites import Site
 from ..passes.structure_dropout import StructureDropout, StructureResult
@@ -48,7 +48,8 @@ class Compilation:
     after: str = ""
     forward: str = ""
     backward: str = ""
-    saved_bytes: int | None = None
+    saves: SavesResult | None = None
+    """What became of the tensors saved for backward."""
     failure: str | None = None
     """Traceback of what failed; the original program runs then."""
     recalled: GraphReport | None = None
@@ -57,7 +58,7 @@ class Compilation:
     @property
     def from_cache(self) -> bool:
         """Whether torch's cache had the compiled graph, so that no pass ran."""
-        return bool(self.sites) and not self.before and self.failure is None
+        return not self.before and self.failure is None
 
     @property
     def key(self) -> str:
@@ -89,7 +90,7 @@ class Compilation:
     def partition(
         self, cut: Partition, joint: fx.GraphModule, inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Cuts a joint graph in two, and proves that no mask is drawn again.
+        """Cuts a joint graph in two, proves that no mask is drawn again, and encodes the saves.
 
         Args:
             cut: cuts it.
@@ -102,7 +103,8 @@ class Compilation:
 
         Raises:
             RedrawError: backward would draw a mask again.
-            PassError: the proof could not be made.
+            BudgetError: no plan of the saves fits the memory budget.
+            PassError: the proof could not be made, or the saves could not be encoded.
         """
         forward, backward = cut(joint, inputs, **kwargs)
         try:
@@ -112,9 +114,26 @@ class Compilation:
         except Exception as cause:
             raise PassError("check-redraw", cause) from cause
         self.inference = False
+        grads = self._parameter_grads(joint)
+        both = Cut(forward, backward, kwargs["num_fwd_outputs"], grads)
+        try:
+            self.saves = CompressSaves(self.options, self.parameters).apply(both)
+        except BudgetError:
+            raise
+        except Exception as cause:
+            raise PassError(CompressSaves.name, cause) from cause
         self.forward, self.backward = _code(forward.graph), _code(backward.graph)
-        self.saved_bytes = saved_bytes(forward, kwargs["num_fwd_outputs"])
         return forward, backward
+
+    def _parameter_grads(self, joint: fx.GraphModule) -> list[int]:
+        """Returns which outputs of the backward are gradients of parameters.
+
+        There is one for every input of the program, in their order.
+        """
+        inputs = joint.graph.find_nodes(op="placeholder")
+        primals = [node for node in inputs if not node.name.startswith("tangents")]
+        indices = [getattr(node.meta.get("desc"), "idx", None) for node in primals]
+        return [place for place, index in enumerate(indices) if index in self.parameters]
 
     def fail(self, error: PassError) -> None:
         """Notes that something failed and that the original program runs, and warns."""
@@ -131,20 +150,30 @@ class Compilation:
             return self._refreshed(self.recalled)
         # Where nothing is rewritten the original program runs.
         result = self.result if self.failure is None else None
-        run = self if result or stock is None else stock
+        rewritten = result or (self.saves and self.failure is None)
+        run = self if rewritten or stock is None else stock
         return GraphReport(
             decisions=self._every_decision(),
             flops_before=result.flops_before if result else 0,
             flops_after=result.flops_after if result else 0,
-            saved_bytes_before=stock.saved_bytes if stock else None,
-            saved_bytes_after=run.saved_bytes,
+            saved_bytes_before=stock._saved_bytes if stock else self._stock_bytes(),
+            saved_bytes_after=run._saved_bytes,
             before=self.before or run.before,
             after=run.after,
             forward=run.forward or run.after,
             backward=run.backward,
             inference=run.inference,
             failure=self.failure,
+            saves=run.saves.saves if run.saves else (),
         )
+
+    @property
+    def _saved_bytes(self) -> int | None:
+        return self.saves.bytes_after if self.saves else None
+
+    def _stock_bytes(self) -> int | None:
+        """Returns what torch alone saves: known where nothing but the saves was rewritten."""
+        return self.saves.bytes_before if self.saves and not self.sites else None
 
     def _every_decision(self) -> tuple[Decision, ...]:
         if self.failure is not None:
@@ -182,28 +211,3 @@ def _left(site: Site, reason: Reason) -> Decision:
 
 def _code(graph: fx.Graph) -> str:
     return graph.python_code("self", verbose=True).src
-
-
-def saved_bytes(forward: fx.GraphModule, num_fwd_outputs: int) -> int:
-    """Returns the bytes kept for backward that the forward made: inputs and parameters are free."""
-    (outputs,) = forward.graph.output_node().args
-    assert isinstance(outputs, (tuple, list))
-    saved = {
-        node
-        for node in outputs[num_fwd_outputs:]
-        if isinstance(node, fx.Node) and node.op != "placeholder"
-    }
-    return sum(_bytes(node.meta.get("val")) for node in saved)
-
-
-def _bytes(value: object) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return math.prod(map(size_hint, value.shape)) * value.element_size()
-
-
-def size_hint(size: int | torch.SymInt) -> int:
-    """Returns a size in this call, 1 for one that only the running program knows."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -14,11 +15,19 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 
 from ..core import report
-from ..core.errors import ArddError, CostModelError, OptionsError, PassError, RedrawError
+from ..core.errors import (
+    ArddError,
+    BudgetError,
+    CostModelError,
+    OptionsError,
+    PassError,
+    RedrawError,
+)
 from ..core.options import Options
 from ..passes.cost_model import find_cost_model
+from ..passes.cut_graphs import size_hint
 from ..passes.mark_dropout import MarkDropout
-from .compilation import Compilation, size_hint
+from .compilation import Compilation
 from .find_suspects import find_suspects
 from .no_redraw import no_redraw
 
@@ -49,6 +58,7 @@ def compile_graph(
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
         CostModelError: the cost model is unknown, or cannot be made.
+        BudgetError: no plan of the saves fits the memory budget.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
@@ -100,6 +110,7 @@ def compile_marked(
     """Marks the dropouts and hands the graph to the target; the original program on any failure.
 
     Raises:
+        BudgetError: no plan of the saves fits the memory budget.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
@@ -113,16 +124,18 @@ def compile_marked(
             return _run_original(original, inputs, compilation, target, failure)
     compilation.found = result.decisions
     compilation.sites = result.sites
-    if not compilation.found and not compilation.sites:
-        return _as_it_is(original, inputs, compilation, target)
-    with no_redraw(original, marked):
-        if not compilation.sites:
+    draws = bool(compilation.found or compilation.sites)
+    with no_redraw(original, marked) if draws else contextlib.nullcontext():
+        compresses = compilation.options.saves != "off" and _wants_grad(inputs)
+        if not compilation.sites and not compresses:
             return _as_it_is(original, inputs, compilation, target)
         indices = range(len(inputs))
         compilation.parameters = [i for i in indices if isinstance(inputs[i], torch.nn.Parameter)]
         compilation.hints = [size_hint(x) for x in inputs if isinstance(x, torch.SymInt)]
         try:
             return target(marked, inputs, compilation)
+        except BudgetError:
+            raise
         except (RestartAnalysis, SkipFrame):
             raise  # how Dynamo is told to trace anew, or not at all
         except Exception as cause:
@@ -155,9 +168,13 @@ def _run_original(
 def _as_it_is(
     original: fx.GraphModule, inputs: Sequence[Any], compilation: Compilation, target: Target
 ) -> Callable[..., Any]:
-    wants_grad = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    compilation.inference = not (wants_grad and torch.is_grad_enabled())
+    compilation.inference = not _wants_grad(inputs)
     return target(original, inputs, None)
+
+
+def _wants_grad(inputs: Sequence[Any]) -> bool:
+    wants_grad = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    return wants_grad and torch.is_grad_enabled()
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

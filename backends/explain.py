@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections import Counter
@@ -46,14 +47,16 @@ def explain(
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
         CostModelError: the cost model is unknown, or cannot be made.
+        BudgetError: no plan of the saves fits the memory budget.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
     parsed = parse_options(options)
+    as_torch = dataclasses.replace(parsed, saves="off", memory_budget=None)
     entries: list[GraphReport] = []
 
     def dry_run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation, stock = Compilation(parsed), Compilation(parsed)
+        compilation, stock = Compilation(parsed), Compilation(as_torch)
         try:
             compile_marked(gm, inputs, compilation, trace_with_inductor)
         except ArddError as error:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class ArddError(Exception):
@@ -82,6 +87,51 @@ class RedrawError(ArddError):
             f"The backward graph draws random numbers again: {self.draw}. A mask must be drawn "
             "once, in the forward, and saved."
         )
+
+
+class BudgetError(ArddError, ValueError):
+    """No plan of encodings and recomputation fits the memory budget.
+
+    Args:
+        budget: Bytes allowed.
+        smallest: Bytes of the smallest plan.
+        saves: The option ``saves``.
+    """
+
+    def __init__(self, budget: int, smallest: int, saves: str) -> None:
+        super().__init__(budget, smallest, saves)
+        self.budget, self.smallest, self.saves = budget, smallest, saves
+
+    def __str__(self) -> str:
+        more = "" if self.saves == "mixed" else ' or set saves="mixed", which may change numbers'
+        return (
+            f"memory_budget allows {self.budget} bytes to be saved for backward, and the smallest"
+            f" plan with saves={self.saves!r} needs {self.smallest}. Raise the budget{more}."
+        )
+
+
+class PayloadError(ArddError, ValueError):
+    """An encoded tensor does not have the parts that its encoding gives."""
+
+    @classmethod
+    def checked(
+        cls, name: str, payload: Sequence[Tensor], wanted: Sequence[tuple[torch.dtype, int]]
+    ) -> Sequence[Tensor]:
+        """Returns a payload that has the wanted types and last sizes.
+
+        Raises:
+            PayloadError: it has not.
+        """
+        given = [(part.dtype, part.shape[-1] if part.dim() else 0) for part in payload]
+        if given != list(wanted):
+            raise cls(
+                f"Cannot decode {name}: its parts are {given}. Expected {list(wanted)}, as encode"
+                " gives them."
+            )
+        if any(part.shape[:-1] != payload[0].shape[:-1] for part in payload):
+            shapes = [tuple(part.shape) for part in payload]
+            raise cls(f"Cannot decode {name}: leading sizes of {shapes} differ.")
+        return payload
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -35,6 +35,29 @@ class Options:
     A whole number of blocks is dropped, so a rate is met only up to rounding: a dropout with no
     block size within this stays random.
     """
+    saves: Literal[
+        "exact", "off", "nm", "topk", "rows", "sampled_rows", "int8", "int4", "mixed"
+    ] = "exact"
+    """How tensors that the forward saves for the backward may be encoded.
+
+    ``"exact"`` encodes what loses nothing by it, such as masks in one bit; ``"off"`` saves as
+    torch does. All others are lossy, and named for that: the forward stays as it is, gradients
+    change. For operands of weight gradients alone: ``"nm"`` keeps the largest of every 16
+    features, ``"topk"`` of every row, ``"rows"`` the largest rows of tokens, ``"sampled_rows"``
+    an unbiased sample of rows. For every activation: ``"int8"``, ``"int4"``, and ``"mixed"``,
+    which also computes cheap ones again and is free to mix.
+    """
+    save_density: float | None = None
+    """Fraction of the values that ``"nm"``, ``"topk"`` and the rows keep; None stands for 0.25."""
+    save_bits: Literal[4, 8, 16] | None = None
+    """Bits of a value that ``"nm"`` and ``"topk"`` keep, and at most of those of ``"mixed"``, where
+    None stands for 8; else None stands for the type that values have."""
+    memory_budget: float | int | None = None
+    """What may be saved for backward: a fraction of what torch would save, or a number of bytes.
+
+    Of encodings and recomputation that ``saves`` allows, the cheapest that fit are taken:
+    ``"exact"`` computes again, ``"mixed"`` does both.
+    """
     target: Literal["auto", "inductor", "eager"] = "auto"
     """What runs the rewritten graphs; ``"eager"`` runs them op by op, to debug."""
     strict: bool = False
@@ -51,6 +74,12 @@ class Options:
                 raise OptionsError.bad_value(key, given, allowed)
         # 0 and 0.0 are equal but print differently, and the text is part of cache keys.
         object.__setattr__(self, "rate_tolerance", float(self.rate_tolerance))
+        if self.save_density is not None:
+            object.__setattr__(self, "save_density", float(self.save_density))
+        if self.saves == "off" and self.memory_budget is not None:
+            raise OptionsError.bad_value(
+                "memory_budget", self.memory_budget, "None with saves='off'"
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object] | None) -> Options:
@@ -84,11 +113,28 @@ def _choice(*names: str) -> tuple[str, Callable[[object], bool]]:
     return allowed, lambda value: isinstance(value, str) and value in names
 
 
+def _is_density(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < cast("float", value) <= 1)
+
+
+def _is_budget(value: object) -> bool:
+    if value is None or _is_int(value, 0):
+        return True
+    return isinstance(value, float) and 0 < value <= 1
+
+
 # For each field, what it may be in words, and whether a value is that.
 _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "pattern": _choice("auto", "block", "random"),
     "block_size": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "rate_tolerance": ("a number from 0 to 1", _is_rate),
+    "saves": _choice("exact", "off", "nm", "topk", "rows", "sampled_rows", "int8", "int4", "mixed"),
+    "save_density": ("None or a number above 0 and at most 1", _is_density),
+    "save_bits": ("None, 4, 8 or 16", lambda v: v is None or (_is_int(v, 4) and v in (4, 8, 16))),
+    "memory_budget": (
+        "None, a fraction above 0 and at most 1.0, or an int of bytes of at least 0",
+        _is_budget,
+    ),
     "target": _choice("auto", "inductor", "eager"),
     "strict": ("True or False", lambda v: isinstance(v, bool)),
     "max_rewrites": ("None or an int of at least 0", lambda v: v is None or _is_int(v, 0)),

@@ -8,8 +8,10 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from .decisions import Decision, Reason
+from .saves import SavedTensor
 
 if TYPE_CHECKING:
+    from rich.box import Box
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from .report import GraphReport, Report
@@ -64,6 +66,8 @@ def as_rich(report: Report) -> RenderableType:
         parts.append(Text(_headline(report.graphs)))
     if report.decisions:
         parts += [_Rows(report.graphs), Text()]
+    if any(saved.encoding != "as is" for saved in report.saves):
+        parts += [_SavedRows(report.graphs), Text()]
     if report.graphs:
         parts.append(Text(totals(report), style="bold"))
     refused = {d.reason for d in report.decisions if d.reason is not Reason.STRUCTURED}
@@ -118,14 +122,11 @@ class _Rows:
     graphs: tuple[GraphReport, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.box import Box
         from rich.table import Table
         from rich.text import Text
 
         columns = _STACKED if options.max_width < _NARROW else _COLUMNS
-        # A rule below the header and nothing else, in ASCII, so that it can be pasted and piped.
-        rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-        table = Table(box=rule, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        table = Table(box=_rule(), show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for column in columns:
             names = column.split("/")
             right = names[0] in ("block", "dim")
@@ -144,6 +145,61 @@ class _Rows:
                 style = "green" if decision.taken else ""
                 table.add_row(*(Text(text) for text in texts), style=style)
         yield table
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedRows:
+    """The table of what is saved for backward."""
+
+    graphs: tuple[GraphReport, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        narrow = options.max_width < _NARROW
+        columns = _SAVED_STACKED if narrow else _SAVED_COLUMNS
+        table = Table(box=_rule(), show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for column in columns:
+            table.add_column(Text("\n".join(column.split("/"))), overflow="fold")
+        for graph in self.graphs:
+            for saved in graph.saves:
+                if saved.bytes_before == 0:
+                    continue  # kept anyway
+                cells = {name: _printable(cell) for name, cell in _saved_cells(saved).items()}
+                texts = ["\n".join(cells[name] for name in c.split("/")) for c in columns]
+                style = "" if saved.encoding == "as is" else "green" if saved.exact else "yellow"
+                table.add_row(*(Text(text) for text in texts), style=style)
+        yield table
+
+
+_SAVED_COLUMNS: Final = (
+    *("saved", "module", "op", "used for", "shape", "type", "bytes", "encoding", "error"),
+    "reason",
+)
+_SAVED_STACKED: Final = ("saved/module", "used for/shape/type", "encoding/bytes/error", "reason")
+
+
+def _saved_cells(saved: SavedTensor) -> dict[str, str]:
+    return {
+        "saved": saved.name,
+        "module": saved.module or "-",
+        "op": saved.op.removeprefix("aten."),
+        "used for": ", ".join(saved.uses) or "-",
+        "shape": f"[{', '.join(map(str, saved.shape))}]",
+        "type": saved.dtype,
+        "bytes": _arrow(size(saved.bytes_before), size(saved.bytes_after)),
+        "encoding": saved.encoding,
+        "error": "-" if saved.error is None else f"{saved.error:.2g}",
+        "reason": saved.reason.name,
+    }
+
+
+def _rule() -> Box:
+    """Returns a rule below the header and nothing else, in ASCII, to be pasted and piped."""
+    from rich.box import Box
+
+    return Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 _COLUMNS: Final = (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import render_report, report_json
 from .decisions import Decision
+from .saves import SavedTensor
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,6 +43,8 @@ class GraphReport:
     """Whether torch's cache had the compiled graph, of this process or an earlier one."""
     failure: str | None = None
     """Traceback of the pass that failed; the original program runs then."""
+    saves: tuple[SavedTensor, ...] = ()
+    """One for every tensor that the forward saves, as torch cut the rewritten graph."""
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain JSON values that `from_dict` reads back."""
@@ -74,6 +77,11 @@ class Report:
     def decisions(self) -> tuple[Decision, ...]:
         """The decisions of all graphs."""
         return tuple(decision for graph in self.graphs for decision in graph.decisions)
+
+    @property
+    def saves(self) -> tuple[SavedTensor, ...]:
+        """The saved tensors of all graphs."""
+        return tuple(saved for graph in self.graphs for saved in graph.saves)
 
     @property
     def flops_before(self) -> int:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .decisions import Decision, Reason
+from .saves import SavedTensor, SaveReason
 
 if TYPE_CHECKING:
     from .report import GraphReport, Report
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Version of the JSON form. Files of another version are refused, not guessed at."""
 
 
@@ -38,7 +39,8 @@ def graph_to_json(graph: GraphReport) -> dict[str, object]:
     """Returns plain JSON values that `graph_fields_from_json` reads back."""
     fields = {f.name: getattr(graph, f.name) for f in dataclasses.fields(graph)}
     decisions = [_decision_to_dict(decision) for decision in graph.decisions]
-    return {"schema": SCHEMA} | fields | {"decisions": decisions}
+    saves = [saved.to_dict() for saved in graph.saves]
+    return {"schema": SCHEMA} | fields | {"decisions": decisions, "saves": saves}
 
 
 def graph_fields_from_json(data: object) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def graph_fields_from_json(data: object) -> dict[str, Any]:
         )
     fields = _checked({k: v for k, v in data.items() if k != "schema"}, _GRAPH_FIELDS, "graph")
     decisions = tuple(_decision_from_dict(entry) for entry in fields["decisions"])
-    return fields | {"decisions": decisions}
+    saves = tuple(_saved_from_dict(entry) for entry in fields["saves"])
+    return fields | {"decisions": decisions, "saves": saves}
 
 
 class _Field(NamedTuple):
@@ -83,8 +86,14 @@ _MAYBE_COUNT: Final = _Field(
 )
 _MAYBE_RATE: Final = _Field(lambda v: v is None or _is_rate(v), "a number from 0 to 1 or null")
 
+_SHAPE: Final = _Field(
+    lambda v: isinstance(v, list) and all(isinstance(n, str) or _is_count(n) for n in v),
+    "a list of integers >= 0 and strings",
+)
+
 _GRAPH_FIELDS: Final[Mapping[str, _Field]] = {
     "decisions": _Field(lambda value: isinstance(value, list), "a list"),
+    "saves": _Field(lambda value: isinstance(value, list), "a list"),
     "flops_before": _COUNT,
     "flops_after": _COUNT,
     "saved_bytes_before": _MAYBE_COUNT,
@@ -103,10 +112,7 @@ _DECISION_FIELDS: Final[Mapping[str, _Field]] = {
     "kind": _TEXT,
     "module": _TEXT,
     "source": _TEXT,
-    "shape": _Field(
-        lambda v: isinstance(v, list) and all(isinstance(n, str) or _is_count(n) for n in v),
-        "a list of integers >= 0 and strings",
-    ),
+    "shape": _SHAPE,
     "p": _MAYBE_RATE,
     "taken": _FLAG,
     "reason": _Field(
@@ -119,6 +125,28 @@ _DECISION_FIELDS: Final[Mapping[str, _Field]] = {
     "block": _Field(lambda v: v is None or (_is_count(v) and v > 0), "an integer >= 1 or null"),
     "flops_before": _COUNT,
     "flops_after": _COUNT,
+}
+
+_SAVED_FIELDS: Final[Mapping[str, _Field]] = {
+    "name": _TEXT,
+    "op": _TEXT,
+    "module": _TEXT,
+    "uses": _Field(
+        lambda v: isinstance(v, list) and all(isinstance(use, str) for use in v),
+        "a list of strings",
+    ),
+    "shape": _SHAPE,
+    "dtype": _TEXT,
+    "bytes_before": _COUNT,
+    "bytes_after": _COUNT,
+    "encoding": _TEXT,
+    "exact": _FLAG,
+    "reason": _Field(
+        lambda v: isinstance(v, str) and v in SaveReason.__members__, "the name of a SaveReason"
+    ),
+    "error": _Field(
+        lambda v: v is None or (type(v) in (int, float) and v >= 0), "a number >= 0 or null"
+    ),
 }
 
 
@@ -154,3 +182,10 @@ def _decision_from_dict(data: object) -> Decision:
     fields["shape"] = tuple(fields["shape"])
     fields["reason"] = Reason[fields["reason"]]
     return Decision(**fields)
+
+
+def _saved_from_dict(data: object) -> SavedTensor:
+    fields = _checked(data, _SAVED_FIELDS, "saved tensor")
+    fields["uses"], fields["shape"] = tuple(fields["uses"]), tuple(fields["shape"])
+    fields["reason"] = SaveReason[fields["reason"]]
+    return SavedTensor(**fields)

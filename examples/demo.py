@@ -110,7 +110,7 @@ def build_sides(pixels: int, p: float) -> list[Side]:
     for name in ("eager", "inductor", "ardd"):
         own = copy.deepcopy(model)
         run = own if name == "eager" else torch.compile(own, backend=name)
-        sides.append(Side(name, own, run, torch.optim.SGD(own.parameters(), 0.05, momentum=0.9)))
+        sides.append(Side(name, own, run, torch.optim.SGD(own.parameters(), 0.02, momentum=0.9)))
     return sides
 
 

@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .core.decisions import Decision, Reason
-from .core.errors import ArddError, CostModelError, OptionsError, PassError, RedrawError
+from .core.errors import (
+    ArddError,
+    BudgetError,
+    CostModelError,
+    OptionsError,
+    PassError,
+    PayloadError,
+    RedrawError,
+)
 from .core.options import Options
 from .core.report import GraphReport, Report
 from .core.report import current as report
+from .core.saves import SavedTensor, SaveReason
 from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
 from .runtime.draw_blocks import Draw
@@ -19,6 +28,7 @@ __version__ = VERSION
 
 __all__ = [
     "ArddError",
+    "BudgetError",
     "CostModel",
     "CostModelError",
     "Decision",
@@ -28,9 +38,12 @@ __all__ = [
     "Options",
     "OptionsError",
     "PassError",
+    "PayloadError",
     "Reason",
     "RedrawError",
     "Report",
+    "SaveReason",
+    "SavedTensor",
     "__version__",
     "explain",
     "record_masks",
@@ -61,6 +74,7 @@ def explain(
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
         CostModelError: the cost model is unknown, or cannot be made.
+        BudgetError: no plan of the saves fits the memory budget.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """

@@ -1,0 +1,144 @@
+"""Saves encoded tensors in place of others, and decodes them in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..runtime.codec import Codec
+from ..runtime.pack_bits import PackBits
+from ..runtime.token_rows import TokenRows
+from .classify_saves import COMPARISONS, readers
+from .cut_graphs import Cut
+from .save_layout import RowLayout
+from .splice import splice
+
+aten = torch.ops.aten
+
+
+def encode(
+    cut: Cut, saved: fx.Node, given: fx.Node, codec: Codec, layout: RowLayout
+) -> tuple[list[fx.Node], fx.Node]:
+    """Encodes a tensor at the end of the forward and decodes it at its first use.
+
+    Args:
+        cut: the two graphs.
+        saved: the tensor, a node of the forward.
+        given: the input of the backward for it.
+        codec: the encoding.
+        layout: its rows.
+
+    Returns:
+        The parts that are saved, nodes of the forward, and what backward decodes.
+    """
+    value = saved.meta["val"]
+
+    def encoded(x: Tensor) -> Sequence[Tensor]:
+        return codec.encode(layout.to_rows(x))
+
+    def decoded(*parts: Tensor) -> Sequence[Tensor]:
+        return (layout.from_rows(codec.decode(parts, layout.row, value.dtype)),)
+
+    parts = splice(cut.forward.graph, cut.forward.graph.output_node(), encoded, [saved])
+    inputs = cut.replace(saved, parts)
+    first = next(node for node in cut.backward.graph.nodes if node in given.users)
+    (result,) = splice(cut.backward.graph, first, decoded, inputs)
+    given.replace_all_uses_with(result)
+    return parts, result
+
+
+def split_signs(cut: Cut, saved: fx.Node, given: fx.Node, layout: RowLayout) -> list[fx.Node]:
+    """Saves one bit for every comparison of a tensor, exactly, in place of comparing in backward.
+
+    Returns:
+        What is saved for it, nodes of the forward.
+    """
+    graph = cut.backward.graph
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    compared = [user for value, user in readers(given) if user.target in COMPARISONS]
+    masks: dict[tuple[Any, Any], fx.Node] = {}
+    packed: list[fx.Node] = []
+    for user in sorted(compared, key=places.__getitem__):
+        target: Any = user.target
+        number: Any = user.args[1]
+        if (target, number) not in masks:
+            pack, unpack = _bits_of(target, number, layout)
+            (bits,) = splice(cut.forward.graph, cut.forward.graph.output_node(), pack, [saved])
+            (_, given_bits) = cut.replace(saved, [saved, bits])
+            (masks[target, number],) = splice(graph, user, unpack, [given_bits])
+            packed.append(bits)
+        user.replace_all_uses_with(masks[target, number])
+        graph.erase_node(user)
+    return packed
+
+
+def _bits_of(
+    compare: Callable[..., Tensor], number: float, layout: RowLayout
+) -> tuple[Callable[..., Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
+    def pack(x: Tensor) -> Sequence[Tensor]:
+        return PackBits().encode(layout.to_rows(compare(x, number)))
+
+    def unpack(*parts: Tensor) -> Sequence[Tensor]:
+        return (layout.from_rows(PackBits().decode(parts, layout.row, torch.bool)),)
+
+    return pack, unpack
+
+
+def keep_rows(cut: Cut, saved: fx.Node, given: fx.Node, codec: TokenRows) -> list[fx.Node]:
+    """Saves some rows of a matrix, and cuts every product that contracts its rows to them.
+
+    Args:
+        cut: the two graphs.
+        saved: the matrix, a node of the forward.
+        given: the input of the backward for it, of which `contractions` found all uses.
+        codec: how many rows, and which.
+
+    Returns:
+        What is saved for it, nodes of the forward.
+    """
+
+    def select(x: Tensor) -> Sequence[Tensor]:
+        rows, values = torch.ops.ardd.select_rows(x, codec.kept, codec.sampled)
+        return rows, values
+
+    def left(g: Tensor, rows: Tensor, values: Tensor) -> Sequence[Tensor]:
+        return (g.t()[rows].t() @ values,)
+
+    def right(g: Tensor, rows: Tensor, values: Tensor) -> Sequence[Tensor]:
+        return (values.t() @ g[rows],)
+
+    uses = contractions(given)
+    assert uses is not None
+    parts = splice(cut.forward.graph, cut.forward.graph.output_node(), select, [saved])
+    inputs = cut.replace(saved, parts)
+    for product, other, is_left in uses:
+        graph = cut.backward.graph
+        (new,) = splice(graph, product, left if is_left else right, [other, *inputs])
+        product.replace_all_uses_with(new)
+        graph.erase_node(product)
+    return parts
+
+
+def contractions(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:
+    """Returns the products that contract the rows of a matrix, None if it has another use.
+
+    Returns:
+        For each the node, the other operand, and whether that one stands on the left.
+    """
+    found = []
+    for user in given.users:
+        if user.target in COMPARISONS:
+            continue  # their signs are saved apart
+        if user.target is aten.mm.default and user.args[1] is given and user.args[0] is not given:
+            found.append((user, user.args[0], True))
+        elif user.target in (aten.permute.default, aten.t.default):
+            for product in user.users:
+                if product.target is not aten.mm.default or product.args[0] is not user:
+                    return None
+                found.append((product, product.args[1], False))
+        else:
+            return None
+    return [(p, o, left) for p, o, left in found if isinstance(o, fx.Node)]

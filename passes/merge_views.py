@@ -1,0 +1,40 @@
+"""Saves one tensor in place of several views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+from .cut_graphs import Cut, bytes_of, root_of
+from .recompute_saves import chain_of, recompute
+
+
+def merge_views(cut: Cut, kept: Collection[fx.Node]) -> list[fx.Node]:
+    """Has backward take views apart, where forward saves several of one tensor.
+
+    The memory is the same, but an encoding then has one tensor to encode, once.
+
+    Args:
+        cut: the two graphs.
+        kept: tensors that the program returns, which are left alone.
+
+    Returns:
+        The views that are not saved any more.
+    """
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node, _ in cut.saves():
+        groups.setdefault(root_of(node), []).append(node)
+    merged: list[fx.Node] = []
+    for root, views in groups.items():
+        whole = sum(map(bytes_of, views)) >= bytes_of(root)
+        if len(views) < 2 or root.op == "placeholder" or root in kept or not whole:
+            continue
+        if root not in views:
+            cut.replace(views[0], [root, views[0]])
+        for view in views:
+            chain = chain_of(view, {root})
+            if view is not root and chain is not None:
+                recompute(cut, view, chain)
+                merged.append(view)
+    return merged
