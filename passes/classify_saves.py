@@ -25,7 +25,6 @@ _SUMS = {
 }
 _NEVER_NEGATIVE = {
     *(aten.relu.default, aten.sigmoid.default, aten.exp.default, aten.abs.default),
-    *(aten.rand.default, prims.inductor_random.default),
 }
 _KEEP_SIGN = {
     *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),

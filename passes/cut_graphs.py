@@ -42,10 +42,16 @@ class Cut:
         return list(_results(self.forward)[: self.num_fwd_outputs])
 
     def saves(self) -> list[tuple[fx.Node, fx.Node]]:
-        """Returns the saved tensors: the node of the forward, and the input of the backward."""
+        """Returns the saved tensors: the node of the forward, and the input of the backward.
+
+        Both have one name. States of random generators have not, and are left alone.
+        """
         inputs = {node.name: node for node in self.backward.graph.find_nodes(op="placeholder")}
+        return [(node, inputs[node.name]) for node in self._saved() if node.name in inputs]
+
+    def _saved(self) -> list[fx.Node]:
         results = dict.fromkeys(_results(self.forward)[self.num_fwd_outputs :])
-        return [(node, inputs[node.name]) for node in results if is_tensor(node)]
+        return [node for node in results if isinstance(node, fx.Node) and is_tensor(node)]
 
     def replace(self, node: fx.Node, parts: list[fx.Node]) -> list[fx.Node]:
         """Saves other tensors in place of one.
@@ -127,7 +133,7 @@ class Cut:
 
         Inputs, parameters and views of them are free, and two views of a tensor count once.
         """
-        roots = {root_of(node) for node, _ in self.saves()}
+        roots = {root_of(node) for node in self._saved()}
         return sum(bytes_of(root) for root in roots if root.op != "placeholder")
 
 

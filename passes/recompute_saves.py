@@ -65,7 +65,8 @@ def _cheap(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags or target is prims.inductor_random.default:
+    drawn = torch.Tag.nondeterministic_seeded in target.tags
+    if drawn or target.name().startswith("prims::inductor_"):  # its seeds and random numbers
         return False
     if not tensor_operands(node):
         return target is torch.ops.aten.full.default

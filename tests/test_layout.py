@@ -24,6 +24,7 @@ PACKAGE = Path(ardd.__file__).parent
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "ArddError",
+    "BudgetError",
     "CostModel",
     "CostModelError",
     "Decision",
@@ -33,9 +34,12 @@ PUBLIC = {
     "Options",
     "OptionsError",
     "PassError",
+    "PayloadError",
     "Reason",
     "RedrawError",
     "Report",
+    "SaveReason",
+    "SavedTensor",
     "__version__",
     "explain",
     "record_masks",

@@ -52,7 +52,8 @@ def test_unknown_key_names_the_known_and_the_nearest() -> None:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
         "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_rewrites, "
-        "pattern, rate_tolerance, strict, target. Did you mean 'pattern'?"
+        "memory_budget, pattern, rate_tolerance, save_bits, save_density, saves, strict, target. "
+        "Did you mean 'pattern'?"
     )
 
 

@@ -384,7 +384,7 @@ def test_json_covers_every_field() -> None:
 
 def test_report_to_dict_is_json() -> None:
     data = json.loads(json.dumps(Report((graph(), graph(inference=True)), ("n",)).to_dict()))
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["notes"] == ["n"]
     assert [entry["inference"] for entry in data["graphs"]] == [False, True]
     assert data["graphs"][0]["decisions"][1]["reason"] == "NOT_WORTH_IT"
@@ -409,8 +409,8 @@ def edit_decision(data: Any, **changes: Any) -> Any:
         (lambda d: [], r"expected an object, not \[\]"),
         (lambda d: None, "expected an object, not None"),
         (lambda d: "x" * 10_000, "expected an object, not 'xxx"),
-        (lambda d: {}, "schema version is None, expected 1"),
-        (lambda d: d | {"schema": 2}, "schema version is 2, expected 1"),
+        (lambda d: {}, "schema version is None, expected 2"),
+        (lambda d: d | {"schema": 1}, "schema version is 1, expected 2"),
         (lambda d: d | {"schema": True}, "schema version is True"),
         (lambda d: d | {"code": ""}, "unknown graph field 'code'. Known fields: decisions, "),
         (lambda d: {k: v for k, v in d.items() if k != "after"}, "graph field 'after' is missing"),
