@@ -50,6 +50,8 @@ class Compilation:
     backward: str = ""
     saves: SavesResult | None = None
     """What became of the tensors saved for backward."""
+    save_errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Relative errors of saved tensors by name, where they were measured."""
     failure: str | None = None
     """Traceback of what failed; the original program runs then."""
     recalled: GraphReport | None = None

@@ -20,6 +20,7 @@ from .compilation import Compilation
 from .dynamo import compile_marked, copy_graph_module, parse_options, unwrapped
 from .inductor import trace_with_inductor
 from .keep_state import keep_state
+from .measure_saves import measure_saves
 
 _BREAKS = ("graph_break", "unimplemented")
 
@@ -58,12 +59,20 @@ def explain(
     def dry_run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compilation, stock = Compilation(parsed), Compilation(as_torch)
         try:
-            compile_marked(gm, inputs, compilation, trace_with_inductor)
+            traced = compile_marked(gm, inputs, compilation, trace_with_inductor)
         except ArddError as error:
             raise unwrapped(error) from error.__cause__
         trace_with_inductor(copy_graph_module(gm), inputs, stock)
-        entries.append(compilation.report(stock))
-        return gm.forward
+        entry, place = compilation.report(stock), len(entries)
+        entries.append(entry)
+
+        def run(*args: Any) -> Any:
+            if compilation.failure is None:
+                measured = measure_saves(traced, args, compilation)
+                entries[place] = dataclasses.replace(entry, saves=measured)
+            return gm.forward(*args)
+
+        return run
 
     fn = _as_written(fn)
     modules = [root.module for root in roots_of(fn)]

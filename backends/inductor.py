@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 from .compilation import Compilation
+from .measure_saves import SaveMeter
 from .report_cache import load_report, report_key, save_report
 
 _compile_fx: Callable[..., Callable[..., Any]] = cast("Any", torch_compile_fx.compile_fx)
@@ -105,7 +107,8 @@ def trace_with_inductor(
     """Runs Inductor's own pipeline up to the point where code would be generated."""
     patches = {} if compilation is None else _hooks(compilation)
     with functorch_config.patch(enable_autograd_cache=False):
-        return _compile_fx(gm, inputs, inner_compile=_compile_nothing, config_patches=patches)
+        inner = functools.partial(_compile_nothing, compilation)
+        return _compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
 def _hooks(compilation: Compilation) -> dict[str, Any]:
@@ -130,6 +133,8 @@ def _joint_uuid(compilation: Compilation, theirs: tuple[Any, ...]) -> str | None
 
 
 def _compile_nothing(
-    gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
+    compilation: Compilation | None, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any
 ) -> Callable[..., Any]:
-    return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+    if compilation is None or compilation.saves is None or kwargs.get("is_backward"):
+        return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+    return make_boxed_func(SaveMeter(gm, compilation).run)  # type: ignore[no-any-return]

@@ -20,12 +20,14 @@ class Options:
         OptionsError: A value has the wrong type or is out of range.
     """
 
-    pattern: Literal["auto", "block", "random"] = "auto"
+    pattern: Literal["auto", "block", "random", "deferred"] = "auto"
     """Structure of the masks.
 
     ``"auto"`` gives each dropout the structure that pays, or none where none does; ``"block"``
     gives blocks to every dropout that can have them, whatever the price; ``"random"`` leaves
-    ordinary dropout everywhere.
+    ordinary dropout everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for
+    weight gradients the smallest values are dropped, in the family that ``saves`` names, of every
+    row where it names none.
     """
     block_size: Literal["auto"] | int = "auto"
     """Neighbouring features that are kept or dropped together; ``"auto"`` picks by price."""
@@ -125,7 +127,7 @@ def _is_budget(value: object) -> bool:
 
 # For each field, what it may be in words, and whether a value is that.
 _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    "pattern": _choice("auto", "block", "random"),
+    "pattern": _choice("auto", "block", "random", "deferred"),
     "block_size": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "rate_tolerance": ("a number from 0 to 1", _is_rate),
     "saves": _choice("exact", "off", "nm", "topk", "rows", "sampled_rows", "int8", "int4", "mixed"),

@@ -240,7 +240,7 @@ def _cells(decision: Decision) -> dict[str, str]:
 
 def _outcome(decision: Decision) -> str:
     if decision.taken:
-        return "structured"
+        return "deferred" if decision.reason is Reason.DEFERRED else "structured"
     return "left random" if decision.reason in _LEFT_RANDOM else "left alone"
 
 
@@ -255,8 +255,11 @@ def _graph_kind(graph: GraphReport) -> str:
 
 def structured(decisions: tuple[Decision, ...]) -> str:
     """Returns how many of the dropouts are structured."""
-    taken = sum(decision.taken for decision in decisions)
-    return f"{taken} of {plural(len(decisions), 'dropout')} structured"
+    reasons = [decision.reason for decision in decisions if decision.taken]
+    deferred = reasons.count(Reason.DEFERRED)
+    what = f"{deferred} of {plural(len(decisions), 'dropout')} deferred"
+    taken = f"{len(reasons)} of {plural(len(decisions), 'dropout')} structured"
+    return what if deferred else taken
 
 
 def _printable(text: str) -> str:

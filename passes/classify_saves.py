@@ -78,6 +78,16 @@ def readers(saved: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield saved, user
 
 
+def same_values(node: fx.Node) -> Iterator[fx.Node]:
+    """Yields a tensor and those it is a view, a copy or a conversion of, nearest first."""
+    while True:
+        yield node
+        source = node.args[0] if node.args else None
+        if node.target not in _SAME_VALUES or not isinstance(source, fx.Node):
+            return
+        node = source
+
+
 def _use(value: fx.Node, user: fx.Node, parameter_grads: Collection[fx.Node]) -> str:
     if user.target in COMPARISONS:
         return SIGN

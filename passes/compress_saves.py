@@ -29,6 +29,7 @@ from ..runtime.quantize_groups import QuantizeGroups
 from ..runtime.token_rows import TokenRows
 from .classify_saves import COMPARISONS, INDEX, MASK, SIGN, never_negative, readers, uses_of
 from .cut_graphs import Cut, bytes_of, root_of
+from .defer_dropout import deferred_rate
 from .encode_saves import contractions, encode, keep_rows, split_signs
 from .merge_views import merge_views
 from .plan_saves import SaveFacts, exact_codec, lossy_codecs
@@ -58,6 +59,10 @@ class SavesResult(PassResult):
     """Bytes kept for backward as torch cut the graph."""
     bytes_after: int = 0
     """Bytes kept with the encodings."""
+    encodings: Mapping[str, tuple[Codec | TokenRows, RowLayout]] = dataclasses.field(
+        default_factory=dict
+    )
+    """Names of the tensors that were encoded, to what was done to them."""
 
 
 @dataclasses.dataclass
@@ -143,6 +148,11 @@ class CompressSaves:
             saves=tuple(rows),
             bytes_before=before,
             bytes_after=after,
+            encodings={
+                save.node.name: (save.chosen, save.layout)
+                for save in saves
+                if save.chosen is not None and save.layout is not None and not save.recomputed
+            },
         )
 
     # ---- what is known --------------------------------------------------------------
@@ -166,7 +176,7 @@ class CompressSaves:
         most = max((save.bytes for save in saves), default=0)
         for save in saves:
             # Statistics of norms and attention: few bytes that whole rows depend on.
-            if save.ladder and save.bytes * SMALL_SHARE < most:
+            if save.ladder and save.bytes * SMALL_SHARE <= most:
                 save.ladder, save.reason = [], SaveReason.SMALL
         return saves
 
@@ -192,14 +202,21 @@ class CompressSaves:
             if matrix and isinstance(tokens, int) and contractions(save.given) is not None
             else None,
             largest=_largest_index(save.node) if save.uses == (INDEX,) else None,
+            deferred=deferred_rate(save.node),
             sign=bool(comparisons) and direct and with_zero and never_negative(save.node),
         )
-        save.exact = exact_codec(save.facts)
+        exact = exact_codec(save.facts)
+        save.exact = exact if exact and save.bytes_with(exact) < save.bytes else None
+        allowed = lossy_codecs(save.facts, self.options)
         save.ladder = [
-            c for c in lossy_codecs(save.facts, self.options) if save.bytes_with(c) < save.bytes
+            codec
+            for codec in allowed
+            if codec.refusal(value.dtype, save.layout.row) is None
+            and save.bytes_with(codec) < save.bytes
         ]
         if self.options.saves != "exact":
-            save.reason = SaveReason.UNSUPPORTED if not save.ladder else SaveReason.BUDGET
+            refused = SaveReason.UNSUPPORTED if allowed else SaveReason.USE
+            save.reason = SaveReason.BUDGET if save.ladder else refused
 
     def _parameter_grads(self, cut: Cut) -> set[fx.Node]:
         (results,) = cut.backward.graph.output_node().args
@@ -221,10 +238,15 @@ class CompressSaves:
     # ---- the plan -------------------------------------------------------------------
 
     def _plan(self, cut: Cut, saves: list[_Save], stock_bytes: int) -> None:
+        for save in saves:
+            if save.facts is not None and save.facts.deferred is not None:
+                save.chosen = next(iter(save.ladder), None)
         budget = self._budget(stock_bytes)
         total = cut.saved_bytes()
         for save in saves:
-            if save.exact is not None:
+            if save.chosen is not None:
+                total -= save.bytes - save.bytes_with(save.chosen)
+            elif save.exact is not None:
                 total -= save.bytes - save.bytes_with(save.exact)
                 save.chosen = save.exact
             elif set(save.uses) == {SIGN} and save.layout is not None:

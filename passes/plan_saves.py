@@ -39,6 +39,8 @@ class SaveFacts:
     """Largest value of an index, None where it is not known."""
     sign: bool = False
     """Whether it is never negative and only compared with 0."""
+    deferred: float | None = None
+    """The rate at which a deferred dropout drops it, None where there is none."""
 
 
 def exact_codec(facts: SaveFacts) -> Codec | None:
@@ -56,6 +58,10 @@ def lossy_codecs(facts: SaveFacts, options: Options) -> list[Codec | TokenRows]:
 
     The signs that a tensor is compared for besides are kept apart, exactly.
     """
+    if facts.deferred is not None:
+        sparse = options.saves in ("nm", "rows", "sampled_rows")
+        family = options.saves if sparse else "topk"
+        options = dataclasses.replace(options, saves=family, save_density=1 - facts.deferred)
     if options.saves in ("off", "exact") or not set(facts.uses) <= _QUANTISED:
         return []
     # A row contracted over tokens alone may lose features; anything else must keep them all.
@@ -78,7 +84,7 @@ def lossy_codecs(facts: SaveFacts, options: Options) -> list[Codec | TokenRows]:
         found = [TokenRows(kept, facts.tokens, options.saves == "sampled_rows")]
     else:
         found = []
-    return [codec for codec in found if codec.refusal(facts.dtype, facts.row) is None]
+    return list(found)
 
 
 def _quantised(

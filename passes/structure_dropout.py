@@ -12,6 +12,7 @@ from ..core.decisions import Decision, PassResult, Reason
 from ..core.options import Options
 from .compact import compact
 from .cost_model import find_cost_model
+from .defer_dropout import defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes
 from .plan_patterns import Verdict, plan_patterns
@@ -65,6 +66,8 @@ class StructureDropout:
         masks = masks_in(graph)
         if not masks:
             return StructureResult(modified=False)
+        if self.options.pattern == "deferred":
+            return self._deferred(graph, masks)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         support = Support(graph, candidates)
         device = masks[0].meta["val"].device
@@ -82,6 +85,31 @@ class StructureDropout:
         lower_random_masks(graph)
         graph.lint()
         return result
+
+    def _deferred(self, graph: fx.Graph, masks: list[fx.Node]) -> StructureResult:
+        """Takes all masks but those of weights out of the graph."""
+        deferred = [mask for mask in masks if not self._site(mask).of_weight]
+        decisions = []
+        for mask in masks:
+            site, taken = self._site(mask), mask in deferred
+            decisions.append(
+                Decision(
+                    site=site.index,
+                    kind=site.kind,
+                    module=site.module,
+                    source=site.source,
+                    shape=static_shape(mask.meta["val"]),
+                    p=site.p,
+                    taken=taken,
+                    reason=Reason.DEFERRED if taken else Reason.WEIGHT_DROPOUT,
+                    pattern="deferred" if taken else "random",
+                    p_used=site.p,
+                )
+            )
+        defer_masks(graph, deferred)
+        lower_random_masks(graph)
+        graph.lint()
+        return StructureResult(modified=True, decisions=tuple(decisions))
 
     def _verdicts(
         self, graph: fx.Graph, masks: list[fx.Node], support: Support, pricer: PlanPricer
