@@ -128,17 +128,32 @@ def contractions(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:
     Returns:
         For each the node, the other operand, and whether that one stands on the left.
     """
-    found = []
+    found: list[tuple[fx.Node, fx.Node, bool]] = []
     for user in given.users:
+        further: list[tuple[fx.Node, fx.Node, bool]] | None = []
         if user.target in COMPARISONS:
-            continue  # their signs are saved apart
-        if user.target is aten.mm.default and user.args[1] is given and user.args[0] is not given:
-            found.append((user, user.args[0], True))
+            pass  # their signs are saved apart
+        elif user.target in (aten.alias.default, aten.detach.default):
+            further = contractions(user)
+        elif user.target is aten.mm.default:
+            left, right = user.all_input_nodes[0], user.args[1]
+            further = [(user, left, True)] if right is given and left is not given else None
         elif user.target in (aten.permute.default, aten.t.default):
-            for product in user.users:
-                if product.target is not aten.mm.default or product.args[0] is not user:
-                    return None
-                found.append((product, product.args[1], False))
+            further = _contractions_transposed(user)
         else:
+            further = None
+        if further is None:
             return None
-    return [(p, o, left) for p, o, left in found if isinstance(o, fx.Node)]
+        found += further
+    return found
+
+
+def _contractions_transposed(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:
+    found = []
+    for product in given.users:
+        other = product.args[-1]
+        if product.target is not aten.mm.default or product.args[0] is not given:
+            return None
+        assert isinstance(other, fx.Node)
+        found.append((product, other, False))
+    return found
