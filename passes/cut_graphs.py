@@ -120,11 +120,12 @@ class Cut:
         """Removes what nothing reads any more, and makes both modules runnable."""
         saved = {node.name for node in _results(self.forward)[self.num_fwd_outputs :] if node}
         given = {node.name for node in self.forward.graph.nodes}
+        self.backward.graph.eliminate_dead_code()
         for node in self.backward.graph.find_nodes(op="placeholder"):
             if node.name in given and node.name not in saved and not node.users:
                 self.backward.graph.erase_node(node)
+        self.forward.graph.eliminate_dead_code()
         for module in (self.forward, self.backward):
-            module.graph.eliminate_dead_code()
             module.graph.lint()
             module.recompile()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 
 import torch
@@ -63,6 +64,8 @@ def recompute(cut: Cut, saved: fx.Node, chain: list[fx.Node]) -> None:
 
 def _cheap(node: fx.Node) -> bool:
     target = node.target
+    if target is operator.getitem:
+        return node.all_input_nodes[0].target in LAYOUT_OPS  # a part of a split
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     drawn = torch.Tag.nondeterministic_seeded in target.tags
