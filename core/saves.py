@@ -38,7 +38,7 @@ class SavedTensor:
     """Path of the module that produces it, ``""`` outside modules."""
     uses: tuple[str, ...]
     """What backward uses it for: ``mask``, ``sign``, ``index``, ``weight gradient``,
-    ``attention``, ``softmax``, ``pointwise`` or the name of an op."""
+    ``attention``, ``softmax``, ``pointwise``, ``statistic`` or the name of an op."""
     shape: tuple[int | str, ...]
     """Its shape; symbolic sizes as text."""
     dtype: str

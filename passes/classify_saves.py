@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import fx
 
-from .cut_graphs import LAYOUT_OPS, downstream
+from .cut_graphs import LAYOUT_OPS, bytes_of, downstream
 from .relation import shape_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -33,7 +33,7 @@ _KEEP_SIGN = {
 
 MASK, SIGN, INDEX = "mask", "sign", "index"
 WEIGHT_GRADIENT, ATTENTION, SOFTMAX = "weight gradient", "attention", "softmax"
-POINTWISE = "pointwise"
+POINTWISE, STATISTIC = "pointwise", "statistic"
 
 
 def uses_of(saved: fx.Node, parameter_grads: Collection[fx.Node]) -> tuple[str, ...]:
@@ -48,7 +48,8 @@ def uses_of(saved: fx.Node, parameter_grads: Collection[fx.Node]) -> tuple[str, 
         number; ``weight gradient`` where it is an operand of a product that nothing but
         gradients of parameters depends on; ``attention`` for operands of other products and of
         fused attention; ``softmax`` for what is exponentiated relative to its maximum;
-        ``pointwise``; and the name of any other op.
+        ``pointwise``; ``statistic`` for what is broadcast over many elements there, and for the
+        sums of attention; and the name of any other op.
     """
     dtype = saved.meta["val"].dtype
     if dtype == torch.bool:
@@ -99,16 +100,21 @@ def _use(value: fx.Node, user: fx.Node, parameter_grads: Collection[fx.Node]) ->
         alone = value is user.args[1] and value not in (user.args[0], user.args[2])
         return WEIGHT_GRADIENT if alone else "convolution_backward"
     if "scaled_dot_product" in str(user.target):
-        return ATTENTION
+        return STATISTIC if value in _logsumexp(user) else ATTENTION
     if user.target is aten.sub.Tensor and _is_shifted_for_exp(value, user):
         return SOFTMAX
     target = user.target
     if isinstance(target, torch._ops.OpOverload):
         # A conversion to float before the op that rounds back is as harmless as the op itself.
         if torch.Tag.pointwise in target.tags:
-            return POINTWISE
+            return STATISTIC if bytes_of(value) < bytes_of(user) // 4 else POINTWISE
         return target._schema.name.split("::")[-1]
     return str(target)
+
+
+def _logsumexp(attention: fx.Node) -> list[object]:
+    arguments = zip(attention.target._schema.arguments, attention.args, strict=False)  # type: ignore[union-attr]
+    return [given for argument, given in arguments if argument.name == "logsumexp"]
 
 
 def _is_bias(value: fx.Node, product: fx.Node) -> bool:

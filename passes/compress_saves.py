@@ -42,9 +42,6 @@ aten = torch.ops.aten
 
 SMALLEST_BYTES = 256
 """Smaller tensors are saved as they are."""
-SMALL_SHARE = 64
-"""Neither is a tensor encoded with a loss that is so many times smaller than the largest."""
-
 # Relative error (2-norm) on Gaussian activations, to weigh one encoding against another.
 _ERRORS: Mapping[str, float] = {"int8": 0.008, "int4": 0.13, "nm": 0.55, "top": 0.6, "rows": 0.8}
 
@@ -79,7 +76,6 @@ class _Save:
     exact: Codec | None = None
     ladder: list[Codec | TokenRows] = dataclasses.field(default_factory=list)
     chosen: Codec | TokenRows | None = None
-    recomputed: bool = False
 
     def bytes_with(self, codec: Codec | TokenRows | None) -> int:
         """Returns the bytes of an encoding, with the signs that it does not hold."""
@@ -92,6 +88,12 @@ class _Save:
             rows = self.bytes // (self.facts.row * self.facts.dtype.itemsize)
             total = rows * codec.row_bytes(self.facts.row, self.facts.dtype)
         return total + (self.sign_bytes if SIGN in self.uses and not _keeps_sign(codec) else 0)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes without any loss."""
+        signs_alone = set(self.uses) == {SIGN} and self.facts is not None
+        return self.sign_bytes if signs_alone else self.bytes_with(self.exact)
 
     @property
     def sign_bytes(self) -> int:
@@ -132,14 +134,15 @@ class CompressSaves:
             return SavesResult(modified=False, bytes_before=before, bytes_after=before)
         kept = {root_of(node) for node in cut.outputs if isinstance(node, fx.Node)}
         merged = merge_views(cut, kept)
-        saves = self._saves(cut)
-        self._plan(cut, saves, before)
-        for save in saves:
-            if save.recomputed:
-                chain = chain_of(save.node, self._sources(cut))
-                assert chain is not None
-                recompute(cut, save.node, chain)
+        budget = self._budget(before)
+        recomputed = self._recompute(cut, self._saves(cut), budget)
+        saves = self._saves(cut)  # anew: what is computed again from a save is a use of it
+        self._plan(cut, saves, budget)
+        lossy = {save.node for save in saves if save.chosen and not save.chosen.exact}
         rows = [_view_row(view) for view in merged]
+        for save, sources in recomputed:
+            exact = not lossy & sources
+            rows.append(_row(save, RECOMPUTED, 0, SaveReason.RECOMPUTED, exact=exact))
         rows += [self._apply(cut, save) for save in saves]
         cut.tidy()
         after = cut.saved_bytes()
@@ -151,7 +154,7 @@ class CompressSaves:
             encodings={
                 save.node.name: (save.chosen, save.layout)
                 for save in saves
-                if save.chosen is not None and save.layout is not None and not save.recomputed
+                if save.chosen is not None and save.layout is not None
             },
         )
 
@@ -173,11 +176,6 @@ class CompressSaves:
                 save.reason = SaveReason.SMALL
             else:
                 self._add_facts(save)
-        most = max((save.bytes for save in saves), default=0)
-        for save in saves:
-            # Statistics of norms and attention: few bytes that whole rows depend on.
-            if save.ladder and save.bytes * SMALL_SHARE <= most:
-                save.ladder, save.reason = [], SaveReason.SMALL
         return saves
 
     def _add_facts(self, save: _Save) -> None:
@@ -237,38 +235,57 @@ class CompressSaves:
 
     # ---- the plan -------------------------------------------------------------------
 
-    def _plan(self, cut: Cut, saves: list[_Save], stock_bytes: int) -> None:
+    def _budget(self, stock_bytes: int) -> int | None:
+        given = self.options.memory_budget
+        if given is None:
+            return None
+        return int(given * stock_bytes) if isinstance(given, float) else given
+
+    def _recompute(
+        self, cut: Cut, saves: list[_Save], budget: int | None
+    ) -> list[tuple[_Save, set[fx.Node]]]:
+        """Has backward compute again what cheap ops give, the largest first, until a budget is met.
+
+        Returns:
+            The saves that are gone, and what each is computed from.
+        """
+        if budget is None and self.options.saves != "mixed":
+            return []
+        total, done = self._exact_bytes(cut, saves), []
+        for save in sorted(saves, key=lambda s: -s.bytes):
+            if budget is not None and total <= budget:
+                break
+            stays = save.reason in (SaveReason.NO_BYTES, SaveReason.USER_OUTPUT)
+            if stays or save.bytes < SMALLEST_BYTES:
+                continue
+            chain = chain_of(save.node, self._sources(cut))
+            if chain is not None:
+                recompute(cut, save.node, chain)
+                total -= save.exact_bytes
+                sources = {source for node in chain for source in node.all_input_nodes}
+                done.append((save, sources))
+        return done
+
+    def _exact_bytes(self, cut: Cut, saves: list[_Save]) -> int:
+        """Returns the bytes saved with the exact encodings alone."""
+        return cut.saved_bytes() - sum(save.bytes - save.exact_bytes for save in saves)
+
+    def _plan(self, cut: Cut, saves: list[_Save], budget: int | None) -> None:
         for save in saves:
-            if save.facts is not None and save.facts.deferred is not None:
-                save.chosen = next(iter(save.ladder), None)
-        budget = self._budget(stock_bytes)
-        total = cut.saved_bytes()
+            deferred = save.facts is not None and save.facts.deferred is not None
+            save.chosen = next(iter(save.ladder), None) if deferred else save.exact
+        free = [save for save in saves if save.chosen is None and save.ladder]
+        if budget is None:
+            # Of 8 and 4 bits, that `mixed` has both of, the one asked for.
+            step = int(self.options.saves == "mixed" and self.options.save_bits == 4)
+            for save in free:
+                save.chosen = save.ladder[min(step, len(save.ladder) - 1)]
+            return
+        total = self._exact_bytes(cut, saves)
         for save in saves:
             if save.chosen is not None:
-                total -= save.bytes - save.bytes_with(save.chosen)
-            elif save.exact is not None:
-                total -= save.bytes - save.bytes_with(save.exact)
-                save.chosen = save.exact
-            elif set(save.uses) == {SIGN} and save.layout is not None:
-                total -= save.bytes - save.sign_bytes
-        if budget is None and self.options.saves not in ("exact", "off", "mixed"):
-            for save in saves:
-                save.chosen = save.chosen or next(iter(save.ladder), None)
-            return
-        if budget is None and self.options.saves != "mixed":
-            return
-        for save in self._recomputable(cut, saves):
-            if budget is not None and total <= budget:
-                return
-            save.recomputed = True
-            total -= save.bytes_with(save.chosen)
-        if budget is None:
-            for save in saves:
-                wanted = 1 if self.options.save_bits == 4 else 0
-                if save.ladder and save.chosen is None and not save.recomputed:
-                    save.chosen = save.ladder[min(wanted, len(save.ladder) - 1)]
-            return
-        for save, codec, fewer in _steps(saves):
+                total -= save.exact_bytes - save.bytes_with(save.chosen)
+        for save, codec, fewer in _steps(free):
             if total <= budget:
                 return
             save.chosen = codec
@@ -276,29 +293,9 @@ class CompressSaves:
         if total > budget:
             raise BudgetError(budget, total, self.options.saves)
 
-    def _budget(self, stock_bytes: int) -> int | None:
-        given = self.options.memory_budget
-        if given is None:
-            return None
-        return int(given * stock_bytes) if isinstance(given, float) else given
-
-    def _recomputable(self, cut: Cut, saves: list[_Save]) -> list[_Save]:
-        """Returns the saves that cheap ops give again from those that stay, the largest first."""
-        sources, found = self._sources(cut), []
-        for save in sorted(saves, key=lambda s: -s.bytes):
-            eligible = save.reason not in (SaveReason.NO_BYTES, SaveReason.USER_OUTPUT)
-            if eligible and save.bytes >= SMALLEST_BYTES:
-                chain = chain_of(save.node, sources)
-                if chain is not None:
-                    sources.discard(save.node)
-                    found.append(save)
-        return found
-
     # ---- the rewrite ----------------------------------------------------------------
 
     def _apply(self, cut: Cut, save: _Save) -> SavedTensor:
-        if save.recomputed:
-            return _row(save, RECOMPUTED, 0, SaveReason.RECOMPUTED, exact=True)
         if save.layout is None or save.facts is None:
             return _row(save, AS_IS, save.bytes, save.reason, exact=True)
         after = save.bytes_with(save.chosen)
@@ -338,8 +335,6 @@ def _steps(saves: list[_Save]) -> list[tuple[_Save, Codec | TokenRows, int]]:
     """
     steps = []
     for save in saves:
-        if save.recomputed or save.chosen is not None:
-            continue
         bytes_now, error_now, worst = save.bytes, 0.0, 0.0
         for codec in save.ladder:
             fewer = bytes_now - save.bytes_with(codec)

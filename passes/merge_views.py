@@ -30,11 +30,13 @@ def merge_views(cut: Cut, kept: Collection[fx.Node]) -> list[fx.Node]:
         whole = sum(map(bytes_of, views)) >= bytes_of(root)
         if len(views) < 2 or root.op == "placeholder" or root in kept or not whole:
             continue
+        chains = [(view, chain_of(view, {root})) for view in views if view is not root]
+        if any(chain is None for _, chain in chains):
+            continue
         if root not in views:
             cut.replace(views[0], [root, views[0]])
-        for view in views:
-            chain = chain_of(view, {root})
-            if view is not root and chain is not None:
-                recompute(cut, view, chain)
-                merged.append(view)
+        for view, chain in chains:
+            assert chain is not None
+            recompute(cut, view, chain)
+            merged.append(view)
     return merged
