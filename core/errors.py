@@ -128,10 +128,19 @@ class PayloadError(ArddError, ValueError):
                 f"Cannot decode {name}: its parts are {given}. Expected {list(wanted)}, as encode"
                 " gives them."
             )
-        if any(part.shape[:-1] != payload[0].shape[:-1] for part in payload):
-            shapes = [tuple(part.shape) for part in payload]
-            raise cls(f"Cannot decode {name}: leading sizes of {shapes} differ.")
+        cls.check_alike(name, payload)
         return payload
+
+    @classmethod
+    def check_alike(cls, name: str, parts: Sequence[Tensor]) -> None:
+        """Checks that parts have the same leading sizes.
+
+        Raises:
+            PayloadError: they have not.
+        """
+        if any(part.shape[:-1] != parts[0].shape[:-1] for part in parts):
+            shapes = [tuple(part.shape) for part in parts]
+            raise cls(f"Cannot decode {name}: leading sizes of {shapes} differ.")
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ _NEVER_NEGATIVE = {
 }
 _KEEP_SIGN = {
     *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
-    *(aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten.mean.dim),
+    *(aten.avg_pool2d.default, aten.mean.dim),
 }
 
 MASK, SIGN, INDEX = "mask", "sign", "index"
@@ -54,6 +54,8 @@ def uses_of(saved: fx.Node, parameter_grads: Collection[fx.Node]) -> tuple[str, 
     dtype = saved.meta["val"].dtype
     if dtype == torch.bool:
         return (MASK,)
+    if dtype.is_complex:
+        return ("complex",)
     if not dtype.is_floating_point:
         return (INDEX,)
     uses = (_use(value, user, parameter_grads) for value, user in readers(saved))
@@ -67,6 +69,8 @@ def readers(saved: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         The node that is read and the node that reads it.
     """
     for user in saved.users:
+        if user.target is aten.sym_size.int:
+            continue
         if user.target in (aten.alias.default, aten.detach.default):
             yield from (
                 (saved if value is user else value, reader) for value, reader in readers(user)
@@ -168,7 +172,7 @@ def never_negative(node: object) -> bool:
         aten.constant_pad_nd.default,
     ):
         return never_negative(node.args[0])
-    if node.target in _KEEP_SIGN:
+    if node.target in _KEEP_SIGN or "max_pool" in str(node.target):
         operands = [arg for arg in node.args[:2] if isinstance(arg, (fx.Node, int, float))]
         return all(never_negative(operand) for operand in operands)
     return False

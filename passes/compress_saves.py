@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -27,21 +27,16 @@ from ..core.saves import SavedTensor, SaveReason
 from ..runtime.codec import Codec
 from ..runtime.quantize_groups import QuantizeGroups
 from ..runtime.token_rows import TokenRows
-from .classify_saves import COMPARISONS, INDEX, MASK, SIGN, never_negative, readers, uses_of
-from .cut_graphs import Cut, bytes_of, root_of
-from .defer_dropout import deferred_rate
-from .encode_saves import contractions, encode, keep_rows, split_signs
+from .classify_saves import SIGN
+from .cut_graphs import Cut, root_of
+from .describe_saves import SMALLEST_BYTES, Save, describe_saves, keeps_sign, saved_row
+from .encode_saves import encode, keep_rows, split_signs
 from .merge_views import merge_views
-from .plan_saves import SaveFacts, exact_codec, lossy_codecs
 from .recompute_saves import chain_of, recompute
-from .relation import shape_of
-from .save_layout import RowLayout, row_layout
-from .sites import module_path, static_shape
+from .save_layout import RowLayout
 
 aten = torch.ops.aten
 
-SMALLEST_BYTES = 256
-"""Smaller tensors are saved as they are."""
 # Relative error (2-norm) on Gaussian activations, to weigh one encoding against another.
 _ERRORS: Mapping[str, float] = {"int8": 0.008, "int4": 0.13, "nm": 0.55, "top": 0.6, "rows": 0.8}
 
@@ -60,47 +55,6 @@ class SavesResult(PassResult):
         default_factory=dict
     )
     """Names of the tensors that were encoded, to what was done to them."""
-
-
-@dataclasses.dataclass
-class _Save:
-    """One saved tensor while its fate is decided."""
-
-    node: fx.Node
-    given: fx.Node
-    uses: tuple[str, ...]
-    bytes: int
-    reason: SaveReason = SaveReason.EXACT_ONLY
-    layout: RowLayout | None = None
-    facts: SaveFacts | None = None
-    exact: Codec | None = None
-    ladder: list[Codec | TokenRows] = dataclasses.field(default_factory=list)
-    chosen: Codec | TokenRows | None = None
-
-    def bytes_with(self, codec: Codec | TokenRows | None) -> int:
-        """Returns the bytes of an encoding, with the signs that it does not hold."""
-        if codec is None:
-            return self.bytes
-        assert self.facts is not None
-        if isinstance(codec, TokenRows):
-            total = codec.payload_bytes(self.facts.row, self.facts.dtype)
-        else:
-            rows = self.bytes // (self.facts.row * self.facts.dtype.itemsize)
-            total = rows * codec.row_bytes(self.facts.row, self.facts.dtype)
-        return total + (self.sign_bytes if SIGN in self.uses and not _keeps_sign(codec) else 0)
-
-    @property
-    def exact_bytes(self) -> int:
-        """Bytes without any loss."""
-        signs_alone = set(self.uses) == {SIGN} and self.facts is not None
-        return self.sign_bytes if signs_alone else self.bytes_with(self.exact)
-
-    @property
-    def sign_bytes(self) -> int:
-        """Bytes of the comparisons, one bit for each."""
-        assert self.facts is not None
-        compared = {(u.target, u.args[1]) for _, u in _comparisons(self.given)}
-        return len(compared) * (self.bytes // self.facts.dtype.itemsize + 7) // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +89,15 @@ class CompressSaves:
         kept = {root_of(node) for node in cut.outputs if isinstance(node, fx.Node)}
         merged = merge_views(cut, kept)
         budget = self._budget(before)
-        recomputed = self._recompute(cut, self._saves(cut), budget)
-        saves = self._saves(cut)  # anew: what is computed again from a save is a use of it
+        recomputed = self._recompute(cut, describe_saves(cut, self.options), budget)
+        # Anew: what is computed again from a save is a use of it.
+        saves = describe_saves(cut, self.options)
         self._plan(cut, saves, budget)
         lossy = {save.node for save in saves if save.chosen and not save.chosen.exact}
         rows = [_view_row(view) for view in merged]
         for save, sources in recomputed:
             exact = not lossy & sources
-            rows.append(_row(save, RECOMPUTED, 0, SaveReason.RECOMPUTED, exact=exact))
+            rows.append(save.row(RECOMPUTED, 0, SaveReason.RECOMPUTED, exact=exact))
         rows += [self._apply(cut, save) for save in saves]
         cut.tidy()
         after = cut.saved_bytes()
@@ -157,71 +112,6 @@ class CompressSaves:
                 if save.chosen is not None and save.layout is not None
             },
         )
-
-    # ---- what is known --------------------------------------------------------------
-
-    def _saves(self, cut: Cut) -> list[_Save]:
-        kept = {root_of(node) for node in cut.outputs if isinstance(node, fx.Node)}
-        grads = self._parameter_grads(cut)
-        saves = []
-        for node, given in cut.saves():
-            root = root_of(node)
-            save = _Save(node, given, uses_of(given, grads), bytes_of(node))
-            saves.append(save)
-            if root.op == "placeholder":
-                save.bytes, save.reason = 0, SaveReason.NO_BYTES
-            elif root in kept:
-                save.bytes, save.reason = 0, SaveReason.USER_OUTPUT
-            elif save.bytes < SMALLEST_BYTES:
-                save.reason = SaveReason.SMALL
-            else:
-                self._add_facts(save)
-        return saves
-
-    def _add_facts(self, save: _Save) -> None:
-        value = save.node.meta["val"]
-        # Bits are packed in eight runs, that have to be whole vectors; features stay in a row.
-        shortest, multiple = (1024, 128) if set(save.uses) <= {MASK, SIGN} else (64, 64)
-        save.layout = row_layout(value, shortest, multiple)
-        if save.layout is None:
-            shared = any(isinstance(s, int) and s == 0 for s in value.stride())
-            save.reason = SaveReason.OVERLAPPING if shared else SaveReason.DYNAMIC
-            return
-        comparisons = _comparisons(save.given)
-        direct = all(read is save.given for read, _ in comparisons)
-        with_zero = all(_with_zero(user) for _, user in comparisons)
-        tokens = shape_of(save.node)[0]
-        matrix = len(shape_of(save.node)) == 2 and save.layout.order == (0, 1)
-        save.facts = SaveFacts(
-            uses=save.uses if direct or SIGN not in save.uses else ("a comparison",),
-            dtype=value.dtype,
-            row=save.layout.row,
-            tokens=tokens
-            if matrix and isinstance(tokens, int) and contractions(save.given) is not None
-            else None,
-            largest=_largest_index(save.node) if save.uses == (INDEX,) else None,
-            deferred=deferred_rate(save.node),
-            sign=bool(comparisons) and direct and with_zero and never_negative(save.node),
-        )
-        exact = exact_codec(save.facts)
-        save.exact = exact if exact and save.bytes_with(exact) < save.bytes else None
-        allowed = lossy_codecs(save.facts, self.options)
-        save.ladder = [
-            codec
-            for codec in allowed
-            if codec.refusal(value.dtype, save.layout.row) is None
-            and save.bytes_with(codec) < save.bytes
-        ]
-        if self.options.saves != "exact":
-            refused = SaveReason.UNSUPPORTED if allowed else SaveReason.USE
-            save.reason = SaveReason.BUDGET if save.ladder else refused
-
-    def _parameter_grads(self, cut: Cut) -> set[fx.Node]:
-        (results,) = cut.backward.graph.output_node().args
-        assert isinstance(results, (tuple, list))
-        nodes = [(i, result) for i, result in enumerate(results) if isinstance(result, fx.Node)]
-        others = {node for i, node in nodes if i not in cut.parameter_grads}
-        return {node for i, node in nodes if i in cut.parameter_grads} - others
 
     def _sources(self, cut: Cut) -> set[fx.Node]:
         """Returns what backward may read: the saves, and the parameters, which stay anyway."""
@@ -242,8 +132,8 @@ class CompressSaves:
         return int(given * stock_bytes) if isinstance(given, float) else given
 
     def _recompute(
-        self, cut: Cut, saves: list[_Save], budget: int | None
-    ) -> list[tuple[_Save, set[fx.Node]]]:
+        self, cut: Cut, saves: list[Save], budget: int | None
+    ) -> list[tuple[Save, set[fx.Node]]]:
         """Has backward compute again what cheap ops give, the largest first, until a budget is met.
 
         Returns:
@@ -266,20 +156,18 @@ class CompressSaves:
                 done.append((save, sources))
         return done
 
-    def _exact_bytes(self, cut: Cut, saves: list[_Save]) -> int:
+    def _exact_bytes(self, cut: Cut, saves: list[Save]) -> int:
         """Returns the bytes saved with the exact encodings alone."""
         return cut.saved_bytes() - sum(save.bytes - save.exact_bytes for save in saves)
 
-    def _plan(self, cut: Cut, saves: list[_Save], budget: int | None) -> None:
+    def _plan(self, cut: Cut, saves: list[Save], budget: int | None) -> None:
         for save in saves:
             deferred = save.facts is not None and save.facts.deferred is not None
             save.chosen = next(iter(save.ladder), None) if deferred else save.exact
         free = [save for save in saves if save.chosen is None and save.ladder]
         if budget is None:
-            # Of 8 and 4 bits, that `mixed` has both of, the one asked for.
-            step = int(self.options.saves == "mixed" and self.options.save_bits == 4)
             for save in free:
-                save.chosen = save.ladder[min(step, len(save.ladder) - 1)]
+                save.chosen = self._without_budget(save)
             return
         total = self._exact_bytes(cut, saves)
         for save in saves:
@@ -293,28 +181,35 @@ class CompressSaves:
         if total > budget:
             raise BudgetError(budget, total, self.options.saves)
 
+    def _without_budget(self, save: Save) -> Codec | TokenRows | None:
+        if self.options.saves != "mixed":
+            return save.ladder[0]
+        bits = 4 if self.options.save_bits == 4 else 8
+        fits = [c for c in save.ladder if isinstance(c, QuantizeGroups) and c.bits >= bits]
+        return fits[-1] if fits else None
+
     # ---- the rewrite ----------------------------------------------------------------
 
-    def _apply(self, cut: Cut, save: _Save) -> SavedTensor:
+    def _apply(self, cut: Cut, save: Save) -> SavedTensor:
         if save.layout is None or save.facts is None:
-            return _row(save, AS_IS, save.bytes, save.reason, exact=True)
+            return save.row(AS_IS, save.bytes, save.reason, exact=True)
         after = save.bytes_with(save.chosen)
         signs: list[fx.Node] = []
-        if SIGN in save.uses and save.facts.uses == save.uses:
-            alone, sign_bytes = set(save.uses) == {SIGN}, save.sign_bytes
-            if alone or (save.chosen is not None and not _keeps_sign(save.chosen)):
-                signs = split_signs(cut, save.node, save.given, save.layout)
-            if alone:
-                cut.replace(save.node, [])
-                return _row(save, "1 bit", sign_bytes, SaveReason.ENCODED, exact=True)
+        if save.only_signs:
+            after = save.sign_bytes
+            split_signs(cut, save.node, save.given, save.layout)
+            cut.replace(save.node, [])
+            return save.row("1 bit", after, SaveReason.ENCODED, exact=True)
+        if save.chosen is not None and SIGN in save.uses and not keeps_sign(save.chosen):
+            signs = split_signs(cut, save.node, save.given, save.layout)
         if save.chosen is None:
-            return _row(save, AS_IS, save.bytes, save.reason, exact=True)
+            return save.row(AS_IS, save.bytes, save.reason, exact=True)
         if isinstance(save.chosen, TokenRows):
             keep_rows(cut, save.node, save.given, save.chosen)
         else:
             encode(cut, save.node, save.given, save.chosen, save.layout)
         name = save.chosen.name + (", 1 bit" if signs else "")
-        return _row(save, name, after, SaveReason.ENCODED, exact=save.chosen.exact)
+        return save.row(name, after, SaveReason.ENCODED, exact=save.chosen.exact)
 
 
 AS_IS, RECOMPUTED = "as is", "recomputed"
@@ -324,11 +219,7 @@ def _view_row(view: fx.Node) -> SavedTensor:
     return saved_row(view, (), 0, 0, AS_IS, SaveReason.SAME_STORAGE, exact=True)
 
 
-def _row(save: _Save, encoding: str, after: int, reason: SaveReason, *, exact: bool) -> SavedTensor:
-    return saved_row(save.node, save.uses, save.bytes, after, encoding, reason, exact=exact)
-
-
-def _steps(saves: list[_Save]) -> list[tuple[_Save, Codec | TokenRows, int]]:
+def _steps(saves: list[Save]) -> list[tuple[Save, Codec | TokenRows, int]]:
     """Returns the next encodings of all saves, those first that cost least for what they save.
 
     A smaller budget takes more steps of the same sequence, so that it never saves more.
@@ -350,67 +241,3 @@ def _steps(saves: list[_Save]) -> list[tuple[_Save, Codec | TokenRows, int]]:
 
 def _error(codec: Codec | TokenRows) -> float:
     return next((e for name, e in _ERRORS.items() if codec.name.startswith(name)), 1.0)
-
-
-def _keeps_sign(codec: Codec | TokenRows) -> bool:
-    return isinstance(codec, QuantizeGroups) and codec.sign
-
-
-def _comparisons(given: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    return [(read, user) for read, user in readers(given) if user.target in COMPARISONS]
-
-
-def _with_zero(comparison: fx.Node) -> bool:
-    number: object = comparison.args[1]
-    return comparison.target in (aten.le.Scalar, aten.gt.Scalar) and bool(number == 0)
-
-
-def _largest_index(node: fx.Node) -> int | None:
-    """Returns the largest index that a reduction can give, None where it is not known."""
-    source: Any = node
-    if node.target is operator.getitem:
-        source = node.args[0]
-        if node.args[1] != 1:
-            return None
-    args = source.args
-    if source.target in (aten.max.dim, aten.min.dim, aten.sort.default, aten.argmax.default):
-        bound = _size_along(args[0], args[1] if len(args) > 1 else -1)
-    elif source.target is aten.topk.default:
-        bound = _size_along(args[0], args[2] if len(args) > 2 else -1)
-    elif source.target is aten.max_pool2d_with_indices.default:
-        *_, height, width = shape_of(args[0])
-        bound = height * width
-    else:
-        return None
-    return bound - 1 if isinstance(bound, int) else None
-
-
-def _size_along(x: fx.Node, dim: int | None) -> int | torch.SymInt | None:
-    return None if dim is None else shape_of(x)[dim]
-
-
-def saved_row(
-    node: fx.Node,
-    uses: tuple[str, ...],
-    before: int,
-    after: int,
-    encoding: str,
-    reason: SaveReason,
-    *,
-    exact: bool,
-) -> SavedTensor:
-    """Returns the row of the report for a tensor."""
-    value = node.meta["val"]
-    return SavedTensor(
-        name=node.name,
-        op=str(root_of(node).target).replace("<built-in function getitem>", "getitem"),
-        module=module_path(node),
-        uses=uses,
-        shape=static_shape(value),
-        dtype=str(value.dtype).removeprefix("torch."),
-        bytes_before=before,
-        bytes_after=after,
-        encoding=encoding,
-        exact=exact,
-        reason=reason,
-    )

@@ -130,11 +130,13 @@ class Cut:
             module.recompile()
 
     def saved_bytes(self) -> int:
-        """Returns the bytes kept for backward that the forward made.
+        """Returns the bytes kept for backward alone.
 
-        Inputs, parameters and views of them are free, and two views of a tensor count once.
+        Inputs, parameters and what the program returns are kept anyway, as are views of them, and
+        two views of a tensor count once.
         """
-        roots = {root_of(node) for node in self._saved()}
+        anyway = {root_of(node) for node in self.outputs if isinstance(node, fx.Node)}
+        roots = {root_of(node) for node in self._saved()} - anyway
         return sum(bytes_of(root) for root in roots if root.op != "placeholder")
 
 

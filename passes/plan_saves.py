@@ -73,7 +73,7 @@ def lossy_codecs(facts: SaveFacts, options: Options) -> list[Codec | TokenRows]:
     elif not weight_gradient:
         found = []
     elif options.saves in ("nm", "topk"):
-        values = _values(options.save_bits)
+        values = _values(options.save_bits, facts.dtype)
         density = _density(options)
         if options.saves == "nm":
             found = [GroupValues(max(1, round(16 * density)), 16, values)]
@@ -106,7 +106,7 @@ def _density(options: Options) -> float:
     return 0.25 if options.save_density is None else options.save_density
 
 
-def _values(bits: int | None) -> Codec | None:
-    if bits is None:
+def _values(bits: int | None, dtype: torch.dtype) -> Codec | None:
+    if bits is None or (bits == 16 and dtype.itemsize == 2):
         return None
     return RoundValues() if bits == 16 else QuantizeGroups(bits)

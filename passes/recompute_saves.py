@@ -28,11 +28,13 @@ def chain_of(saved: fx.Node, sources: Collection[fx.Node]) -> list[fx.Node] | No
         None where an op of the chain is not pointwise, draws, or the chain is long.
     """
     chain: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
 
     def visit(node: fx.Node) -> bool:
         if node in chain or (node in sources and node is not saved):
             return True
-        if len(chain) > MOST_OPS or not _cheap(node):
+        seen.add(node)
+        if len(seen) > MOST_OPS or not _cheap(node):
             return False
         if not all(visit(source) for source in node.all_input_nodes):
             return False

@@ -57,3 +57,11 @@ def pad_row(x: Tensor, multiple: int) -> Tensor:
     """Appends zeros to every row until its length is a multiple."""
     missing = padded(x.shape[-1], multiple) - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """Converts; what is too large for float32 becomes its largest number."""
+    if x.dtype != torch.float64:
+        return x.to(torch.float32)
+    largest = torch.finfo(torch.float32).max
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(torch.float32)

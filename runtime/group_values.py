@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PayloadError
-from .codec import FLOATS, Codec, pad_row, padded
+from .codec import FLOATS, Codec, as_float32, pad_row, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,8 @@ class GroupValues:
     A row of n is M runs of n / M neighbours laid over each other, and a group is what lies at one
     place: features have no order that would make neighbours a better group, and so every step
     works on whole vectors. Selecting is N insertions by maximum and minimum, without a branch.
-    What is compared is one integer: the magnitude, and in place of its last 5 bits the sign and
-    the index. So of equal magnitudes the first is kept, a NaN counts as larger than infinity, and
+    What is compared is one integer: the magnitude, and in place of its last 5 bits the index and
+    the sign. So of equal magnitudes the first is kept, a NaN counts as larger than infinity, and
     values keep 18 bits of their mantissa.
 
     Chen et al. 2023, "DropIT", https://arxiv.org/abs/2202.13808, keep the largest magnitudes of a
@@ -58,11 +58,11 @@ class GroupValues:
             indices, uint8 ``[..., n / M * N / 2]``, 4 bits for each value; values
             ``[..., n / M * N]``, encoded.
         """
-        groups = pad_row(x.to(torch.float32), self.group).unflatten(-1, (self.group, -1))
+        groups = pad_row(as_float32(x), self.group).unflatten(-1, (self.group, -1))
         place = torch.arange(_LAST, _LAST - self.group, -1, dtype=torch.int32, device=x.device)
         bits = groups.view(torch.int32)
-        sign = (bits >> 27) & 16  # what the arithmetic shift copies is masked away
-        keys = (bits & _MAGNITUDE) | sign | place.unsqueeze(-1)
+        sign = (bits >> 31) & 1  # what the arithmetic shift copies is masked away
+        keys = (bits & _MAGNITUDE) | (place.unsqueeze(-1) << 1) | sign
         largest: list[Tensor] = []
         for m in range(self.group):
             new, inserted = keys.select(-2, m), []
@@ -70,11 +70,11 @@ class GroupValues:
                 inserted.append(torch.maximum(old, new))
                 new = torch.minimum(old, new)
             largest = [*inserted, new][: self.kept]
-        indices = [_LAST - (key & _LAST) for key in largest]
+        indices = [_LAST - ((key >> 1) & _LAST) for key in largest]
         indices += [torch.zeros_like(indices[0])] * (self.kept % 2)
         pairs = [a | (b << 4) for a, b in zip(indices[::2], indices[1::2], strict=True)]
         packed = torch.cat(pairs, -1).to(torch.uint8)
-        values = torch.cat([(key & _MAGNITUDE) | ((key & 16) << 27) for key in largest], -1)
+        values = torch.cat([(key & _MAGNITUDE) | (key << 31) for key in largest], -1)
         values = values.view(torch.float32).to(x.dtype)
         return (packed, values) if self.values is None else (packed, *self.values.encode(values))
 
@@ -87,6 +87,7 @@ class GroupValues:
             (values,) = PayloadError.checked(self.name, payload[1:], [(dtype, n * self.kept)])
         else:
             values = self.values.decode(payload[1:], n * self.kept, dtype)
+        PayloadError.check_alike(self.name, [packed, values])
         pairs = packed.to(torch.int32).unflatten(-1, (-1, n))
         values = values.unflatten(-1, (self.kept, -1))
         place = torch.arange(self.group, dtype=torch.int32, device=packed.device).unsqueeze(-1)
@@ -108,6 +109,9 @@ class GroupValues:
         groups = pad_row(x, self.group).unflatten(-1, (self.group, -1))
         largest = groups.abs().double().topk(self.kept, -2).values
         least = largest[..., -1:, :] + largest[..., :1, :] * 2.0**-17
+        # Selected as float32: smaller numbers are 0 there, larger ones infinite.
+        float32 = torch.finfo(torch.float32)
+        least = torch.where(largest[..., :1, :] > float32.max, torch.inf, least + float32.tiny)
         bound: Tensor = least.expand(groups.shape).flatten(-2)[..., : x.shape[-1]]
         if self.values is not None:
             _, values = dataclasses.replace(self, values=None).encode(x)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PayloadError
-from .codec import FLOATS, pad_row, padded
+from .codec import FLOATS, as_float32, pad_row, padded
 
 GROUP = 64
 """Neighbouring elements of a row that share a scale."""
+_TINY, _LARGEST = torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +60,24 @@ class QuantizeGroups:
             codes, uint8 ``[..., groups * 64 * bits / 8]``; low and scale, bfloat16
             ``[..., groups]``, low left out where the sign is kept.
         """
-        groups = pad_row(x.to(torch.float32), GROUP).unflatten(-1, (-1, GROUP))
+        groups = pad_row(as_float32(x), GROUP).unflatten(-1, (-1, GROUP))
+        positive = pad_row(x > 0, GROUP).unflatten(-1, (-1, GROUP)) if self.sign else None
         top = groups.amax(-1, keepdim=True)
         if self.sign:
             low = torch.zeros_like(top)
         else:
-            low = groups.amin(-1, keepdim=True).to(torch.bfloat16).to(torch.float32)
+            low = groups.amin(-1, keepdim=True)
+            finite = low.clamp(-_LARGEST, _LARGEST).to(torch.bfloat16).to(torch.float32)
+            low = torch.where(low.isfinite(), finite, low)
         # Rounded to bfloat16 the range must not become too small for the largest value.
-        step = (top - low).clamp_min(0) * ((1 + 2.0**-7) / self._levels)
+        # Halves, so that the range of the largest numbers stays finite.
+        step = (top * 0.5 - low * 0.5).clamp_min(0) * (2 * (1 + 2.0**-7) / self._levels)
         scale = step.to(torch.bfloat16)
-        inverse = torch.where(scale == 0, 0.0, 1 / scale.to(torch.float32))
-        dithered = (groups - low) * inverse + _dither(groups)
+        inverse = torch.where(scale < _TINY, 0.0, 2 / scale.to(torch.float32))
+        dithered = (groups * 0.5 - low * 0.5) * inverse + _dither(groups)
         codes = dithered.floor().clamp(0, self._levels)
         if self.sign:
-            codes = torch.where(groups > 0, codes + 1, 0)
+            codes = torch.where(positive, codes + 1, 0)  # type: ignore[arg-type]
         packed = codes.to(torch.uint8)
         if self.bits == 4:
             halves = packed.unflatten(-1, (2, -1))
@@ -100,8 +105,11 @@ class QuantizeGroups:
             x = torch.where(codes > 0, ((values - 1) * scale).clamp_min(tiny), 0.0)
             x = torch.where(scale.isfinite(), x, torch.nan)
         else:
-            x = parts[0].to(torch.float32).unsqueeze(-1) + values * scale
-        rows: Tensor = x.flatten(-2)[..., :row]
+            low = parts[0].to(torch.float32).unsqueeze(-1)
+            x = (low * 0.25 + values * (scale * 0.25)) * 4  # no overflow on the way
+        # Rounding up must not make an infinity of a large number; a NaN stays one.
+        largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        rows: Tensor = x.clamp(-largest, largest).flatten(-2)[..., :row]
         return rows.to(dtype)
 
     def row_bytes(self, row: int, dtype: torch.dtype) -> int:
@@ -116,7 +124,8 @@ class QuantizeGroups:
         largest = groups.abs().amax(-1, keepdim=True)
         width = groups.amax(-1, keepdim=True) - (0 if self.sign else groups.amin(-1, keepdim=True))
         bound = width.clamp_min(0) * (1.03 / self._levels) + largest * (2.0**-7 + eps)
-        bound = bound + torch.finfo(torch.bfloat16).tiny
+        bound = bound + _TINY * (self._levels + 2) + torch.finfo(x.dtype).tiny
+        bound = torch.where(largest > torch.finfo(torch.float32).max, torch.inf, bound)
         rows: Tensor = bound.expand_as(groups).flatten(-2)[..., :row]
         return rows
 

@@ -33,7 +33,8 @@ def select_rows(x: Tensor, kept: int, sampled: bool) -> tuple[Tensor, Tensor]:
         rows = norms.nan_to_num(nan=torch.inf).topk(kept).indices.sort().values
         return rows, x[rows]
     # A floor keeps rows of small or zero norm possible, whose gradient may be large.
-    weights = norms.nan_to_num(nan=torch.inf).clamp_max(torch.finfo(torch.float32).max / len(x))
+    norms = norms.nan_to_num(nan=torch.inf).clamp_max(torch.finfo(torch.float32).max)
+    weights = norms / norms.max().clamp_min(torch.finfo(torch.float32).tiny)
     weights = weights + weights.mean() * 0.1 + torch.finfo(torch.float32).tiny
     chances = weights / weights.sum()
     rows = torch.multinomial(chances, kept, replacement=True).sort().values

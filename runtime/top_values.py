@@ -113,6 +113,7 @@ class TopValues:
             (values,) = PayloadError.checked(self.name, payload[1:], [(dtype, self.kept)])
         else:
             values = self.values.decode(payload[1:], self.kept, dtype)
+        PayloadError.check_alike(self.name, [payload[0], values])
         decoded: Tensor = torch.ops.ardd.place_values(payload[0], values, row)
         return decoded
 
@@ -125,7 +126,11 @@ class TopValues:
 
     def error_bound(self, x: Tensor) -> Tensor:
         """Returns the smallest magnitude kept of the row, and the error of the values."""
-        bound = x.abs().double().topk(self.kept).values[..., -1:]
+        largest = x.abs().double().topk(self.kept).values
+        # Selected as float32: smaller numbers are 0 there, larger ones infinite.
+        float32 = torch.finfo(torch.float32)
+        bound = largest[..., -1:] * (1 + float32.eps) + float32.tiny
+        bound = torch.where(largest[..., :1] > float32.max, torch.inf, bound)
         if self.values is not None:
             worst = self.values.error_bound(select_top(x, self.kept)[1]).amax(-1, keepdim=True)
             bound = torch.maximum(bound, worst)

@@ -1,0 +1,224 @@
+"""What is known of every saved tensor: who made it, what it is used for, how it may be encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..core.options import Options
+from ..core.saves import SavedTensor, SaveReason
+from ..runtime.codec import Codec
+from ..runtime.quantize_groups import QuantizeGroups
+from ..runtime.token_rows import TokenRows
+from .classify_saves import COMPARISONS, INDEX, MASK, SIGN, never_negative, readers, uses_of
+from .cut_graphs import Cut, bytes_of, root_of
+from .defer_dropout import deferred_rate
+from .encode_saves import contractions
+from .plan_saves import SaveFacts, exact_codec, lossy_codecs
+from .relation import shape_of
+from .save_layout import RowLayout, row_layout
+from .sites import module_path, static_shape
+
+aten = torch.ops.aten
+
+SMALLEST_BYTES = 256
+"""Smaller tensors are saved as they are."""
+
+
+@dataclasses.dataclass
+class Save:
+    """One saved tensor while its fate is decided."""
+
+    node: fx.Node
+    """In the forward."""
+    given: fx.Node
+    """In the backward."""
+    uses: tuple[str, ...]
+    """What backward uses it for."""
+    bytes: int
+    """Bytes that stay allocated for it: those of the tensor that it is a view of."""
+    reason: SaveReason = SaveReason.EXACT_ONLY
+    """Why it stays as it is, if it does."""
+    layout: RowLayout | None = None
+    """Its rows; None, as what follows, where it cannot be encoded at all."""
+    facts: SaveFacts | None = None
+    """What an encoding has to know."""
+    exact: Codec | None = None
+    """The encoding that loses nothing."""
+    ladder: list[Codec | TokenRows] = dataclasses.field(default_factory=list)
+    """The encodings that lose something, by rising error."""
+    chosen: Codec | TokenRows | None = None
+    """The encoding that it gets."""
+
+    def bytes_with(self, codec: Codec | TokenRows | None) -> int:
+        """Returns the bytes of an encoding, with the signs that it does not hold."""
+        if codec is None:
+            return self.bytes
+        assert self.facts is not None
+        row, dtype = self.facts.row, self.facts.dtype
+        if isinstance(codec, TokenRows):
+            total = codec.payload_bytes(row, dtype)
+        else:
+            total = bytes_of(self.node) // (row * dtype.itemsize) * codec.row_bytes(row, dtype)
+        return total + (self.sign_bytes if SIGN in self.uses and not keeps_sign(codec) else 0)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes without any loss."""
+        return self.sign_bytes if self.only_signs else self.bytes_with(self.exact)
+
+    @property
+    def only_signs(self) -> bool:
+        """Whether nothing but its comparisons is wanted, and they can be saved instead."""
+        return self.facts is not None and self.facts.uses == (SIGN,)
+
+    @property
+    def sign_bytes(self) -> int:
+        """Bytes of the comparisons, one bit for each."""
+        assert self.facts is not None
+        compared = {(u.target, u.args[1]) for _, u in comparisons(self.given)}
+        return len(compared) * (bytes_of(self.node) // self.facts.dtype.itemsize + 7) // 8
+
+    def row(self, encoding: str, after: int, reason: SaveReason, *, exact: bool) -> SavedTensor:
+        """Returns the row of the report."""
+        return saved_row(self.node, self.uses, self.bytes, after, encoding, reason, exact=exact)
+
+
+def describe_saves(cut: Cut, options: Options) -> list[Save]:
+    """Returns what is known of everything that a cut saves."""
+    kept = {root_of(node) for node in cut.outputs if isinstance(node, fx.Node)}
+    shared = Counter(root_of(node) for node, _ in cut.saves())
+    grads, seen = _parameter_grads(cut), set()
+    saves = []
+    for node, given in cut.saves():
+        root = root_of(node)
+        save = Save(node, given, uses_of(given, grads), 0 if root in seen else bytes_of(root))
+        seen.add(root)
+        saves.append(save)
+        if root.op == "placeholder":
+            save.bytes, save.reason = 0, SaveReason.NO_BYTES
+        elif root in kept:
+            save.bytes, save.reason = 0, SaveReason.USER_OUTPUT
+        elif shared[root] > 1:
+            save.reason = SaveReason.SAME_STORAGE  # encoding one would free nothing
+        elif save.bytes < SMALLEST_BYTES:
+            save.reason = SaveReason.SMALL
+        else:
+            _add_facts(save, options)
+    return saves
+
+
+def _add_facts(save: Save, options: Options) -> None:
+    value = save.node.meta["val"]
+    # Bits are packed in eight runs, that have to be whole vectors; features stay in a row.
+    shortest, multiple = (1024, 128) if set(save.uses) <= {MASK, SIGN} else (64, 64)
+    save.layout = row_layout(value, shortest, multiple)
+    if save.layout is None:
+        shared = any(isinstance(s, int) and s == 0 for s in value.stride())
+        save.reason = SaveReason.OVERLAPPING if shared else SaveReason.DYNAMIC
+        return
+    compared = comparisons(save.given)
+    direct = all(read is save.given for read, _ in compared)
+    tokens = shape_of(save.node)[0]
+    matrix = len(shape_of(save.node)) == 2 and save.layout.order == (0, 1)
+    rows = matrix and isinstance(tokens, int) and contractions(save.given) is not None
+    with_zero = bool(compared) and all(_with_zero(user) for _, user in compared)
+    save.facts = SaveFacts(
+        uses=save.uses if direct or SIGN not in save.uses else ("a comparison",),
+        dtype=value.dtype,
+        row=save.layout.row,
+        tokens=tokens if rows and isinstance(tokens, int) else None,
+        largest=_largest_index(root_of(save.node)) if save.uses == (INDEX,) else None,
+        deferred=deferred_rate(save.node),
+        sign=direct and with_zero and never_negative(save.node),
+    )
+    exact = exact_codec(save.facts)
+    save.exact = exact if exact and save.bytes_with(exact) < save.bytes else None
+    allowed = lossy_codecs(save.facts, options)
+    save.ladder = [
+        codec
+        for codec in allowed
+        if codec.refusal(value.dtype, save.layout.row) is None
+        and save.bytes_with(codec) < save.bytes
+    ]
+    if options.saves != "exact":
+        refused = SaveReason.UNSUPPORTED if allowed else SaveReason.USE
+        save.reason = SaveReason.BUDGET if save.ladder else refused
+
+
+def _parameter_grads(cut: Cut) -> Collection[fx.Node]:
+    """Returns the nodes that are gradients of parameters and of nothing else."""
+    (results,) = cut.backward.graph.output_node().args
+    assert isinstance(results, (tuple, list))
+    nodes = [(i, result) for i, result in enumerate(results) if isinstance(result, fx.Node)]
+    others = {node for i, node in nodes if i not in cut.parameter_grads}
+    return {node for i, node in nodes if i in cut.parameter_grads} - others
+
+
+def keeps_sign(codec: Codec | TokenRows) -> bool:
+    """Returns whether what is decoded is above 0 exactly where the tensor was."""
+    return isinstance(codec, QuantizeGroups) and codec.sign
+
+
+def comparisons(given: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Returns what of an input of the backward is compared with a number, and the comparison."""
+    return [(read, user) for read, user in readers(given) if user.target in COMPARISONS]
+
+
+def _with_zero(comparison: fx.Node) -> bool:
+    number: object = comparison.args[1]
+    return comparison.target in (aten.le.Scalar, aten.gt.Scalar) and bool(number == 0)
+
+
+def _largest_index(node: fx.Node) -> int | None:
+    """Returns the largest index that a reduction can give, None where it is not known."""
+    source: Any = node
+    if node.target is operator.getitem:
+        source = node.args[0]
+        if node.args[1] != 1:
+            return None
+    args = source.args
+    if source.target in (aten.max.dim, aten.min.dim, aten.sort.default, aten.argmax.default):
+        bound = _size_along(args[0], args[1] if len(args) > 1 else -1)
+    elif source.target is aten.topk.default:
+        bound = _size_along(args[0], args[2] if len(args) > 2 else -1)
+    else:
+        return None
+    return bound - 1 if isinstance(bound, int) else None
+
+
+def _size_along(x: fx.Node, dim: int | None) -> int | torch.SymInt | None:
+    return None if dim is None else shape_of(x)[dim]
+
+
+def saved_row(
+    node: fx.Node,
+    uses: tuple[str, ...],
+    before: int,
+    after: int,
+    encoding: str,
+    reason: SaveReason,
+    *,
+    exact: bool,
+) -> SavedTensor:
+    """Returns the row of the report for a tensor."""
+    value = node.meta["val"]
+    return SavedTensor(
+        name=node.name,
+        op=str(root_of(node).target).replace("<built-in function getitem>", "getitem"),
+        module=module_path(node),
+        uses=uses,
+        shape=static_shape(value),
+        dtype=str(value.dtype).removeprefix("torch."),
+        bytes_before=before,
+        bytes_after=after,
+        encoding=encoding,
+        exact=exact,
+        reason=reason,
+    )
