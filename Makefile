@@ -28,7 +28,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.mlp --out $(RESULTS)
 	$(BIN)/python -m benchmarks.gpt_block --out $(RESULTS)
+	$(BIN)/python -m benchmarks.saves --out $(RESULTS)
 	$(if $(MNIST),$(BIN)/python -m benchmarks.quality --out $(RESULTS) --data $(MNIST))
+	$(if $(MNIST),$(BIN)/python -m benchmarks.quality_saves --out $(RESULTS) --mnist $(MNIST))
 
 # The metadata under src/ is what lets torch find the backend by name with nothing installed.
 gpu: export PYTHONPATH := src
@@ -38,6 +40,7 @@ gpu:
 	$(PYTHON) -m pytest -m cuda || [ $$? -eq 5 ]  # 5: there are no such tests
 	$(PYTHON) -m benchmarks.mlp --device cuda --out $(RESULTS)
 	$(PYTHON) -m benchmarks.gpt_block --device cuda --out $(RESULTS)
+	$(PYTHON) -m benchmarks.saves --device cuda --out $(RESULTS)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -215,7 +215,7 @@ def plot(results: dict[str, list[Outcome]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each way")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each way")
     parser.add_argument("--quick", action="store_true", help="2 steps of some ways, op by op")
     parser.add_argument("--plot", type=Path, help="write a plot there, such as saves.png")
     args = parser.parse_args(argv)
