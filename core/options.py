@@ -46,8 +46,8 @@ class Options:
     torch does. All others are lossy, and named for that: the forward stays as it is, gradients
     change. For operands of weight gradients alone: ``"nm"`` keeps the largest of every 16
     features, ``"topk"`` of every row, ``"rows"`` the largest rows of tokens, ``"sampled_rows"``
-    an unbiased sample of rows. For every activation: ``"int8"``, ``"int4"``, and ``"mixed"``,
-    which also computes cheap ones again and is free to mix.
+    an unbiased sample of rows, drawn by torch's generator as masks are. For every activation:
+    ``"int8"``, ``"int4"``, and ``"mixed"``, which also computes cheap ones again and may mix.
     """
     save_density: float | None = None
     """Fraction of the values that ``"nm"``, ``"topk"`` and the rows keep; None stands for 0.25."""
@@ -78,6 +78,8 @@ class Options:
         object.__setattr__(self, "rate_tolerance", float(self.rate_tolerance))
         if self.save_density is not None:
             object.__setattr__(self, "save_density", float(self.save_density))
+        if self.saves == "off" and self.pattern == "deferred":
+            raise OptionsError.bad_value("saves", "off", "any other with pattern='deferred'")
         if self.saves == "off" and self.memory_budget is not None:
             raise OptionsError.bad_value(
                 "memory_budget", self.memory_budget, "None with saves='off'"

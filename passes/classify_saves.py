@@ -95,25 +95,44 @@ def same_values(node: fx.Node) -> Iterator[fx.Node]:
 
 def _use(value: fx.Node, user: fx.Node, parameter_grads: Collection[fx.Node]) -> str:
     if user.target in COMPARISONS:
-        return SIGN
+        return SIGN if is_comparison(user) else "a comparison"
     if user.target in _PRODUCTS:
         alone = _is_parameter_grad(user, parameter_grads)
         return WEIGHT_GRADIENT if alone and not _is_bias(value, user) else ATTENTION
     if user.target is aten.convolution_backward.default:
         # The input of a convolution is an operand of its weight gradient alone.
         alone = value is user.args[1] and value not in (user.args[0], user.args[2])
-        return WEIGHT_GRADIENT if alone else "convolution_backward"
+        weights = (u for u in user.users if u.target is operator.getitem and u.args[1] == 1)
+        ends = all(_is_parameter_grad(weight, parameter_grads) for weight in weights)
+        return WEIGHT_GRADIENT if alone and ends else "convolution_backward"
     if "scaled_dot_product" in str(user.target):
         return STATISTIC if value in _logsumexp(user) else ATTENTION
     if user.target is aten.sub.Tensor and _is_shifted_for_exp(value, user):
         return SOFTMAX
     target = user.target
+    if _divides_by(value, user):
+        return "divisor"
     if isinstance(target, torch._ops.OpOverload):
         # A conversion to float before the op that rounds back is as harmless as the op itself.
         if torch.Tag.pointwise in target.tags:
             return STATISTIC if bytes_of(value) < bytes_of(user) // 4 else POINTWISE
         return target._schema.name.split("::")[-1]
     return str(target)
+
+
+def is_comparison(user: fx.Node) -> bool:
+    """Returns whether an op compares with a number that the graph knows."""
+    return user.target in COMPARISONS and isinstance(user.args[1], (int, float))
+
+
+def _divides_by(value: fx.Node, user: fx.Node) -> bool:
+    """Returns whether a small error of a small value becomes a large one."""
+    if user.target is aten.div.Tensor:
+        return user.args[1] is value
+    if user.target is aten.pow.Tensor_Scalar:
+        exponent = user.args[1]
+        return isinstance(exponent, (int, float)) and exponent < 0
+    return user.target in (aten.reciprocal.default, aten.rsqrt.default, aten.log.default)
 
 
 def _logsumexp(attention: fx.Node) -> list[object]:

@@ -114,14 +114,17 @@ class CompressSaves:
         )
 
     def _sources(self, cut: Cut) -> set[fx.Node]:
-        """Returns what backward may read: the saves, and the parameters, which stay anyway."""
+        """Returns what backward may read: the saves, and the parameters, which stay anyway.
+
+        Not what the forward writes to at its end: backward would read the new values.
+        """
         parameters = {
             node
             for node in cut.forward.graph.find_nodes(op="placeholder")
             if getattr(node.meta.get("desc"), "idx", None) in self.parameters
-            and not any(user.target is aten.copy_.default for user in node.users)
         }
-        return parameters | {node for node, _ in cut.saves()}
+        sources = parameters | {node for node, _ in cut.saves()}
+        return {node for node in sources if not _is_written(node)}
 
     # ---- the plan -------------------------------------------------------------------
 
@@ -213,6 +216,13 @@ class CompressSaves:
 
 
 AS_IS, RECOMPUTED = "as is", "recomputed"
+
+
+def _is_written(node: fx.Node) -> bool:
+    return any(
+        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
+        for user in node.users
+    )
 
 
 def _view_row(view: fx.Node) -> SavedTensor:

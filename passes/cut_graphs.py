@@ -19,7 +19,7 @@ LAYOUT_OPS = {
     *(aten.view.default, aten.permute.default, aten.t.default, aten.transpose.int),
     *(aten.expand.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
     *(aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.alias.default),
-    *(aten.detach.default, aten.as_strided.default, aten._unsafe_view.default),
+    *(aten.detach.default, aten.diagonal.default, aten.unfold.default, aten._unsafe_view.default),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.reshape.default),
 }
 """Ops whose result shares the memory of the first argument."""
@@ -102,7 +102,7 @@ class Cut:
                 return placeholder
         output, at = self.forward.graph.output_node(), self.num_fwd_outputs
         results = _results(self.forward)
-        first = next((n for n in results[at:] if is_tensor(n)), None)
+        first, _ = self.saves()[0]
         results.insert(at, node)
         output.args = (tuple(results),)
         if "desc" in output.meta:
@@ -110,7 +110,7 @@ class Cut:
             descriptions.insert(at, descriptions[at] if at < len(descriptions) else None)
             output.meta["desc"] = descriptions
         graph = self.backward.graph
-        before = next(n for n in inputs if first is not None and n.name == first.name)
+        before = next(n for n in inputs if n.name == first.name)
         with graph.inserting_before(before):
             new = graph.placeholder(node.name)
         new.meta = {"val": node.meta["val"]}
@@ -124,6 +124,8 @@ class Cut:
         for node in self.backward.graph.find_nodes(op="placeholder"):
             if node.name in given and node.name not in saved and not node.users:
                 self.backward.graph.erase_node(node)
+        left = {node.name for node in self.backward.graph.find_nodes(op="placeholder")} & given
+        assert left <= saved, f"backward reads {sorted(left - saved)}, which forward does not save"
         self.forward.graph.eliminate_dead_code()
         for module in (self.forward, self.backward):
             module.graph.lint()

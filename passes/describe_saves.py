@@ -16,7 +16,7 @@ from ..core.saves import SavedTensor, SaveReason
 from ..runtime.codec import Codec
 from ..runtime.quantize_groups import QuantizeGroups
 from ..runtime.token_rows import TokenRows
-from .classify_saves import COMPARISONS, INDEX, MASK, SIGN, never_negative, readers, uses_of
+from .classify_saves import INDEX, MASK, SIGN, is_comparison, never_negative, readers, uses_of
 from .cut_graphs import Cut, bytes_of, root_of
 from .defer_dropout import deferred_rate
 from .encode_saves import contractions
@@ -76,7 +76,8 @@ class Save:
     @property
     def only_signs(self) -> bool:
         """Whether nothing but its comparisons is wanted, and they can be saved instead."""
-        return self.facts is not None and self.facts.uses == (SIGN,)
+        alone = self.facts is not None and self.facts.uses == (SIGN,)
+        return alone and self.sign_bytes < self.bytes
 
     @property
     def sign_bytes(self) -> int:
@@ -123,6 +124,9 @@ def _add_facts(save: Save, options: Options) -> None:
         shared = any(isinstance(s, int) and s == 0 for s in value.stride())
         save.reason = SaveReason.OVERLAPPING if shared else SaveReason.DYNAMIC
         return
+    if any(user.target is aten.as_strided.default for user in save.given.users):
+        save.layout, save.reason = None, SaveReason.USE  # it reads memory, not elements
+        return
     compared = comparisons(save.given)
     direct = all(read is save.given for read, _ in compared)
     tokens = shape_of(save.node)[0]
@@ -168,7 +172,7 @@ def keeps_sign(codec: Codec | TokenRows) -> bool:
 
 def comparisons(given: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """Returns what of an input of the backward is compared with a number, and the comparison."""
-    return [(read, user) for read, user in readers(given) if user.target in COMPARISONS]
+    return [(read, user) for read, user in readers(given) if is_comparison(user)]
 
 
 def _with_zero(comparison: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..runtime.codec import Codec
 from ..runtime.pack_bits import PackBits
 from ..runtime.token_rows import TokenRows
-from .classify_saves import COMPARISONS, readers
+from .classify_saves import is_comparison, readers
 from .cut_graphs import Cut
 from .save_layout import RowLayout
 from .splice import splice
@@ -58,7 +58,7 @@ def split_signs(cut: Cut, saved: fx.Node, given: fx.Node, layout: RowLayout) -> 
     """
     graph = cut.backward.graph
     places = {node: place for place, node in enumerate(graph.nodes)}
-    compared = [user for value, user in readers(given) if user.target in COMPARISONS]
+    compared = [user for value, user in readers(given) if is_comparison(user)]
     masks: dict[tuple[Any, Any], fx.Node] = {}
     packed: list[fx.Node] = []
     for user in sorted(compared, key=places.__getitem__):
@@ -131,7 +131,7 @@ def contractions(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:
     found: list[tuple[fx.Node, fx.Node, bool]] = []
     for user in given.users:
         further: list[tuple[fx.Node, fx.Node, bool]] | None = []
-        if user.target in COMPARISONS:
+        if is_comparison(user):
             pass  # their signs are saved apart
         elif user.target in (aten.alias.default, aten.detach.default):
             further = contractions(user)
@@ -145,7 +145,8 @@ def contractions(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:
         if further is None:
             return None
         found += further
-    return found
+    products = [product for product, _, _ in found]
+    return found if len(set(products)) == len(products) else None  # not of a matrix with itself
 
 
 def _contractions_transposed(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:

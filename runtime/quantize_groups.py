@@ -23,8 +23,9 @@ class QuantizeGroups:
 
     Chen et al. 2021, "ActNN", https://arxiv.org/abs/2104.14129, and Liu et al. 2022, "GACT",
     https://arxiv.org/abs/2206.11357, at 8 and 4 bits and with groups along the features. The
-    dither is a hash of the position and of one random number per tensor: drawing one for every
-    element would cost more than all the rest.
+    dither is a hash of the position and of the largest value of the group: drawing a number for
+    every element would cost more than all the rest, and from torch's generators it would change
+    the masks that the program itself draws.
 
     A group with a NaN or an infinity decodes to NaN, so that an overflow stays visible.
     """
@@ -74,7 +75,7 @@ class QuantizeGroups:
         step = (top * 0.5 - low * 0.5).clamp_min(0) * (2 * (1 + 2.0**-7) / self._levels)
         scale = step.to(torch.bfloat16)
         inverse = torch.where(scale < _TINY, 0.0, 2 / scale.to(torch.float32))
-        dithered = (groups * 0.5 - low * 0.5) * inverse + _dither(groups)
+        dithered = (groups * 0.5 - low * 0.5) * inverse + _dither(groups, top)
         codes = dithered.floor().clamp(0, self._levels)
         if self.sign:
             codes = torch.where(positive, codes + 1, 0)  # type: ignore[arg-type]
@@ -130,12 +131,13 @@ class QuantizeGroups:
         return rows
 
 
-def _dither(groups: Tensor) -> Tensor:
-    """Returns numbers in [0, 1) that look random: a hash of position and one drawn number.
+def _dither(groups: Tensor, top: Tensor) -> Tensor:
+    """Returns numbers in [0, 1) that look random: a hash of position and of a value per group.
 
     In 15-bit steps, so that no product leaves int32 whatever compiles it.
     """
-    seed = torch.randint(0, 2**15, (1,), device=groups.device, dtype=torch.int64).to(torch.int32)
+    bits = top.view(torch.int32)
+    seed = (bits ^ (bits >> 15)) & 0x7FFF
     place = _positions(groups)
     x = ((place & 0x7FFF) * 40503) ^ ((place >> 15) * 30011) ^ (seed * 52711)
     for multiplier in (44111, 60493, 35317):

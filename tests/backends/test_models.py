@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -149,13 +150,14 @@ def test_torch_knows_which_inputs_are_parameters(monkeypatch: pytest.MonkeyPatch
     static: list[list[int]] = []
     stock = inductor._compile_nothing
 
-    def note(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+    def note(compilation: Any, gm: Any, inputs: Any, **kwargs: Any) -> Any:
         static.append(list(kwargs.get("static_input_idxs", ())))
-        return stock(gm, inputs, **kwargs)
+        return stock(compilation, gm, inputs, **kwargs)
 
     monkeypatch.setattr(inductor, "_compile_nothing", note)
+    inner = functools.partial(note, None)
     model = Net()
-    torch.compile(model, backend=lambda gm, inputs: compile_fx(gm, inputs, inner_compile=note))(
+    torch.compile(model, backend=lambda gm, inputs: compile_fx(gm, inputs, inner_compile=inner))(
         torch.randn(6, 16)
     )
     expected = static[0]

@@ -222,15 +222,16 @@ def test_equal_tensors_have_equal_payloads(codec: Codec, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("codec", DITHERED, ids=lambda codec: codec.name)
-def test_dither_is_drawn_from_the_generator(codec: Codec) -> None:
-    """Another at every call, and the same for the same seed."""
+def test_dither_draws_nothing(codec: Codec) -> None:
+    """It follows from the values: torch's generators are left to the program's own masks."""
     x = torch.rand(4, 128)
-    torch.manual_seed(3)
+    before = torch.get_rng_state()
     first, second = codec.encode(x), codec.encode(x)
-    torch.manual_seed(3)
-    again = codec.encode(x)
-    assert not torch.equal(first[0], second[0])
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    x[:, 1] = 1.01  # the largest: all others are rounded in another way
+    third, other = codec.encode(x), codec.encode(x.clone().index_fill_(1, torch.tensor(1), 1.02))
+    assert not torch.equal(third[0], other[0])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -341,20 +342,24 @@ def test_sign_of_extremes_is_exact(codec: Codec, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("codec", DITHERED, ids=lambda codec: codec.name)
 def test_rounding_is_unbiased(codec: Codec) -> None:
-    """The mean over many encodings is the tensor: 6 sigma of a step, for 128 elements."""
+    """The mean error over many tensors is 0: 6 sigma of a step, for 128 elements.
+
+    The dither follows from the largest value of a group, which therefore varies.
+    """
     assert isinstance(codec, QuantizeGroups)
     n, x = 4096, torch.rand(2, 64)
     x[:, 0], x[:, 1] = 0, 1  # the ends, that bfloat16 holds
     total = torch.zeros(2, 64, dtype=torch.float64)
-    for _ in range(n):
-        total += round_trip(codec, x).double()
-    step = (1 + 2.0**-6) / (2**codec.bits - 2)
+    for i in range(n):
+        x[:, 1] = 1 + i * 2.0**-14
+        total += (round_trip(codec, x) - x).double()
+    step = (1.25 + 2.0**-6) / (2**codec.bits - 2)
     # A step drawn with chance q has a deviation of at most a half; dither has steps of 2**-14.
     bound = step * (6 * 0.5 / math.sqrt(n) + 2.0**-14) + 1e-6
     inner = slice(2, None)
     if codec.sign:  # the smallest positive code is the value 0: nothing lies below it
         assert not total[:, 0].any()
-    assert ((total / n - x)[:, inner].abs() <= bound).all()
+    assert ((total / n)[:, inner].abs() <= bound).all()
 
 
 @pytest.mark.parametrize("codec", DITHERED, ids=lambda codec: codec.name)
@@ -362,8 +367,11 @@ def test_dither_of_neighbours_is_independent(codec: Codec) -> None:
     """Errors of two elements, of neighbours and of neighbouring rows, do not go together."""
     x = torch.full((16, 512), 0.501)
     x[:, ::64], x[:, 1::64] = 0, 1
-    noise = torch.stack([round_trip(codec, x) for _ in range(200)]).double()
-    noise = noise[..., 2:64]
+    errors = []
+    for i in range(200):
+        x[:, 1::64] = 1 + i * 2.0**-12
+        errors.append((round_trip(codec, x) - x).double())
+    noise = torch.stack(errors)[..., 2:64]
     noise = noise - noise.mean(0)
     deviation = noise.std()
     assert deviation > 0
