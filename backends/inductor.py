@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 from .compilation import Compilation
+from .loop_split import optional_loop_split
 from .measure_saves import SaveMeter
 from .report_cache import load_report, report_key, save_report
 
@@ -87,7 +88,7 @@ def compile_with_inductor(
     key = report_key(gm, inputs, compilation.key)
     patches = {**patches, **_hooks(compilation)}
     # A backward that fails to compile has to fail here, where there still is a way back.
-    with functorch_config.patch(force_non_lazy_backward_lowering=True):
+    with functorch_config.patch(force_non_lazy_backward_lowering=True), optional_loop_split():
         compiled = _compile_fx(gm, inputs, config_patches=patches)
     if not compilation.from_cache:
         save_report(key, compilation.report())

@@ -180,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.compiler.reset()
                 dense_bytes, saved = saved_bytes(task, options, args.bfloat16)
                 model = task.build()
-                run = torch.compile(model, backend="ardd", options=options)
+                # Strict: the original program in its place would be a dense row of another name.
+                run = torch.compile(model, backend="ardd", options={**options, "strict": True})
                 losses = []
                 for seed in range(args.seeds):
                     losses.append(train(task, model, run, seed, args.bfloat16))

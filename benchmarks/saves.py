@@ -185,7 +185,7 @@ def measure(
         if name == "Inductor":
             run: Any = torch.compile(copied, backend="inductor")
         else:
-            options = {**OPTIONS[name], "pattern": "random"}
+            options = {**OPTIONS[name], "pattern": "random", "strict": True}
             report = ardd.explain(copied, x, options=options)
             assert report.saved_bytes_before is not None
             assert report.saved_bytes_after is not None
