@@ -494,7 +494,8 @@ def test_checkpointing(saves: str) -> None:
         assert_equal_runs(got, expected)
     assert torch.equal(got.output, expected.output)
     for key, grad in expected.grads.items():
-        assert relative_error(got.grads[key], grad) < 0.1, key
+        # 1 % of each term; the sums over the tokens mostly cancel.
+        assert relative_error(got.grads[key], grad) < 0.25, key
 
 
 @each_family
