@@ -178,7 +178,6 @@ def measure(
 ) -> tuple[Measured, dict[str, int], dict[str, int]]:
     """Returns the times, the saved bytes and the peaks of all sides."""
     steps, saved = {}, {}
-    none = _nothing
     torch.compiler.reset()
     for name in ["Inductor", *names]:
         copied = copy.deepcopy(model)
@@ -191,13 +190,13 @@ def measure(
             assert report.saved_bytes_after is not None
             saved["Inductor"], saved[name] = report.saved_bytes_before, report.saved_bytes_after
             run = torch.compile(copied, backend="ardd", options=options)
-        steps[name] = stepper(run, copied, x, none)
+        steps[name] = stepper(run, copied, x, torch.enable_grad)
         steps[name]()
     if "mixed" in saved:
         copied = copy.deepcopy(model)
         budget = saved["mixed"] / saved["Inductor"]
         with functorch_config.patch(activation_memory_budget=budget):
-            steps[RECOMPUTED] = stepper(torch.compile(copied), copied, x, none)
+            steps[RECOMPUTED] = stepper(torch.compile(copied), copied, x, torch.enable_grad)
             steps[RECOMPUTED]()
     copied = copy.deepcopy(model)
     steps[HOOKS] = stepper(copied, copied, x, hooks)
@@ -206,10 +205,6 @@ def measure(
         step()
         peaks[name] = peak_bytes(step, x.device)
     return alternate(steps, repeats=repeats), saved, peaks
-
-
-def _nothing() -> Any:
-    return torch.enable_grad()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,14 +28,12 @@ from ..runtime.codec import Codec
 from ..runtime.quantize_groups import QuantizeGroups
 from ..runtime.token_rows import TokenRows
 from .classify_saves import SIGN
-from .cut_graphs import Cut, root_of
+from .cut_graphs import Cut
 from .describe_saves import SMALLEST_BYTES, Save, describe_saves, keeps_sign, saved_row
 from .encode_saves import encode, keep_rows, split_signs
 from .merge_views import merge_views
 from .recompute_saves import chain_of, recompute
 from .save_layout import RowLayout
-
-aten = torch.ops.aten
 
 # Relative error (2-norm) on Gaussian activations, to weigh one encoding against another.
 _ERRORS: Mapping[str, float] = {"int8": 0.008, "int4": 0.13, "nm": 0.55, "top": 0.6, "rows": 0.8}
@@ -86,8 +84,7 @@ class CompressSaves:
         before = cut.saved_bytes()
         if self.options.saves == "off":
             return SavesResult(modified=False, bytes_before=before, bytes_after=before)
-        kept = {root_of(node) for node in cut.outputs if isinstance(node, fx.Node)}
-        merged = merge_views(cut, kept)
+        merged = merge_views(cut, cut.returned)
         budget = self._budget(before)
         recomputed = self._recompute(cut, describe_saves(cut, self.options), budget)
         # Anew: what is computed again from a save is a use of it.

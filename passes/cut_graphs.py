@@ -41,6 +41,11 @@ class Cut:
         """What the program itself returns."""
         return list(_results(self.forward)[: self.num_fwd_outputs])
 
+    @property
+    def returned(self) -> set[fx.Node]:
+        """The tensors whose memory the program returns: they are kept anyway."""
+        return {root_of(node) for node in self.outputs if isinstance(node, fx.Node)}
+
     def saves(self) -> list[tuple[fx.Node, fx.Node]]:
         """Returns the saved tensors: the node of the forward, and the input of the backward.
 
@@ -137,8 +142,7 @@ class Cut:
         Inputs, parameters and what the program returns are kept anyway, as are views of them, and
         two views of a tensor count once.
         """
-        anyway = {root_of(node) for node in self.outputs if isinstance(node, fx.Node)}
-        roots = {root_of(node) for node in self._saved()} - anyway
+        roots = {root_of(node) for node in self._saved()} - self.returned
         return sum(bytes_of(root) for root in roots if root.op != "placeholder")
 
 

@@ -22,14 +22,16 @@ _RATE = "ardd_deferred"
 
 
 def defer_masks(graph: fx.Graph, masks: Iterable[fx.Node]) -> None:
-    """Takes masks out of a graph, in place, and marks what they were to drop.
+    """Takes masks out of products, in place, and marks what they were to drop.
+
+    `lower_random_masks` removes the masks, and makes constants of those that are read elsewhere.
 
     Park et al. 2021, "Deferred Dropout", https://doi.org/10.1109/ICCAD51958.2021.9643433. The
     values dropped are the smallest, and so no draw is needed.
     """
     emit = Emitter(graph, fake_mode_of(graph))
     for mask in masks:
-        like, _, p, mean, _ = mask.args
+        like, shared, p, mean, site = mask.args
         for user in list(mask.users):
             other: Any = next((x for x in user.all_input_nodes if x is not mask), None)
             if user.target is aten.mul.Tensor and other is not None and _alike(user, other):
@@ -37,19 +39,7 @@ def defer_masks(graph: fx.Graph, masks: Iterable[fx.Node]) -> None:
                 kept = other if mean == 1.0 else emit.op(user, aten.mul.Tensor, other, mean)
                 user.replace_all_uses_with(kept)
                 graph.erase_node(user)
-        if mask.users:
-            value = mask.meta["val"]
-            assert isinstance(like, fx.Node)
-            whole = emit.op(
-                mask,
-                aten.full.default,
-                emit.sizes(mask, mask, like),
-                mean,
-                dtype=value.dtype,
-                device=value.device,
-            )
-            mask.replace_all_uses_with(whole)
-        graph.erase_node(mask)
+        mask.args = (like, shared, 0.0, mean, site)  # where it stays, it drops nothing
 
 
 def deferred_rate(node: fx.Node) -> float | None:

@@ -93,7 +93,7 @@ class Save:
 
 def describe_saves(cut: Cut, options: Options) -> list[Save]:
     """Returns what is known of everything that a cut saves."""
-    kept = {root_of(node) for node in cut.outputs if isinstance(node, fx.Node)}
+    kept = cut.returned
     shared = Counter(root_of(node) for node, _ in cut.saves())
     grads, seen = _parameter_grads(cut), set()
     saves = []
