@@ -193,22 +193,21 @@ class CompressSaves:
     def _apply(self, cut: Cut, save: Save) -> SavedTensor:
         if save.layout is None or save.facts is None:
             return save.row(AS_IS, save.bytes, save.reason, exact=True)
-        after = save.bytes_with(save.chosen)
-        signs: list[fx.Node] = []
         if save.only_signs:
             after = save.sign_bytes
             split_signs(cut, save.node, save.given, save.layout)
             cut.replace(save.node, [])
             return save.row("1 bit", after, SaveReason.ENCODED, exact=True)
-        if save.chosen is not None and SIGN in save.uses and not keeps_sign(save.chosen):
-            signs = split_signs(cut, save.node, save.given, save.layout)
         if save.chosen is None:
             return save.row(AS_IS, save.bytes, save.reason, exact=True)
+        name, after = save.chosen.name, save.bytes_with(save.chosen)
+        if SIGN in save.uses and not keeps_sign(save.chosen):
+            split_signs(cut, save.node, save.given, save.layout)
+            name += ", 1 bit"
         if isinstance(save.chosen, TokenRows):
             keep_rows(cut, save.node, save.given, save.chosen)
         else:
             encode(cut, save.node, save.given, save.chosen, save.layout)
-        name = save.chosen.name + (", 1 bit" if signs else "")
         return save.row(name, after, SaveReason.ENCODED, exact=save.chosen.exact)
 
 

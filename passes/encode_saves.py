@@ -19,9 +19,7 @@ from .splice import splice
 aten = torch.ops.aten
 
 
-def encode(
-    cut: Cut, saved: fx.Node, given: fx.Node, codec: Codec, layout: RowLayout
-) -> tuple[list[fx.Node], fx.Node]:
+def encode(cut: Cut, saved: fx.Node, given: fx.Node, codec: Codec, layout: RowLayout) -> None:
     """Encodes a tensor at the end of the forward and decodes it at its first use.
 
     Args:
@@ -30,9 +28,6 @@ def encode(
         given: the input of the backward for it.
         codec: the encoding.
         layout: its rows.
-
-    Returns:
-        The parts that are saved, nodes of the forward, and what backward decodes.
     """
     value = saved.meta["val"]
 
@@ -47,20 +42,14 @@ def encode(
     first = next(node for node in cut.backward.graph.nodes if node in given.users)
     (result,) = splice(cut.backward.graph, first, decoded, inputs)
     given.replace_all_uses_with(result)
-    return parts, result
 
 
-def split_signs(cut: Cut, saved: fx.Node, given: fx.Node, layout: RowLayout) -> list[fx.Node]:
-    """Saves one bit for every comparison of a tensor, exactly, in place of comparing in backward.
-
-    Returns:
-        What is saved for it, nodes of the forward.
-    """
+def split_signs(cut: Cut, saved: fx.Node, given: fx.Node, layout: RowLayout) -> None:
+    """Saves one bit for every comparison of a tensor, exactly; backward compares no more."""
     graph = cut.backward.graph
     places = {node: place for place, node in enumerate(graph.nodes)}
     compared = [user for value, user in readers(given) if is_comparison(user)]
     masks: dict[tuple[Any, Any], fx.Node] = {}
-    packed: list[fx.Node] = []
     for user in sorted(compared, key=places.__getitem__):
         target: Any = user.target
         number: Any = user.args[1]
@@ -69,10 +58,8 @@ def split_signs(cut: Cut, saved: fx.Node, given: fx.Node, layout: RowLayout) -> 
             (bits,) = splice(cut.forward.graph, cut.forward.graph.output_node(), pack, [saved])
             (_, given_bits) = cut.replace(saved, [saved, bits])
             (masks[target, number],) = splice(graph, user, unpack, [given_bits])
-            packed.append(bits)
         user.replace_all_uses_with(masks[target, number])
         graph.erase_node(user)
-    return packed
 
 
 def _bits_of(
@@ -87,7 +74,7 @@ def _bits_of(
     return pack, unpack
 
 
-def keep_rows(cut: Cut, saved: fx.Node, given: fx.Node, codec: TokenRows) -> list[fx.Node]:
+def keep_rows(cut: Cut, saved: fx.Node, given: fx.Node, codec: TokenRows) -> None:
     """Saves some rows of a matrix, and cuts every product that contracts its rows to them.
 
     Args:
@@ -95,9 +82,6 @@ def keep_rows(cut: Cut, saved: fx.Node, given: fx.Node, codec: TokenRows) -> lis
         saved: the matrix, a node of the forward.
         given: the input of the backward for it, of which `contractions` found all uses.
         codec: how many rows, and which.
-
-    Returns:
-        What is saved for it, nodes of the forward.
     """
 
     def select(x: Tensor) -> Sequence[Tensor]:
@@ -119,7 +103,6 @@ def keep_rows(cut: Cut, saved: fx.Node, given: fx.Node, codec: TokenRows) -> lis
         (new,) = splice(graph, product, left if is_left else right, [other, *inputs])
         product.replace_all_uses_with(new)
         graph.erase_node(product)
-    return parts
 
 
 def contractions(given: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]] | None:

@@ -635,3 +635,14 @@ def test_explain_says_what_compile_does(saves: str) -> None:
     key = lambda save: (save.op, save.module, save.encoding, save.bytes_after)  # noqa: E731
     assert sorted(map(key, said.saves)) == sorted(map(key, done.saves))
     assert said.saved_bytes_after == done.saved_bytes_after
+
+
+def test_deferred_dropout_drops_for_the_backward_alone() -> None:
+    """The forward is that of eval mode, and half of what it saves for the weight is dropped."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 8))
+    compiled = torch.compile(model, backend="ardd", options=EAGER | {"pattern": "deferred"})
+    x = torch.randn(48, 16)
+    assert (compiled(x) - model.eval()(x)).abs().max() < 1e-6
+    report = ardd.report()
+    assert [d.reason for d in report.decisions] == [ardd.Reason.DEFERRED]
+    assert "top 32" in {save.encoding for save in report.saves}
