@@ -20,7 +20,7 @@ from ..passes.compress_saves import CompressSaves, SavesResult
 from ..passes.cost_model import find_cost_model
 from ..passes.cut_graphs import Cut
 from ..passes.share_saves import ShareSaves
-from ..passes.sites import Site
+from ..passes.sites import Site, decide
 from ..passes.structure_dropout import StructureDropout, StructureResult
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -179,10 +179,14 @@ class Compilation:
 
     def _every_decision(self) -> tuple[Decision, ...]:
         if self.failure is not None:
-            settled = [_left(site, Reason.PASS_FAILED) for site in self.sites]
+            settled = [decide(site, Reason.PASS_FAILED, taken=False) for site in self.sites]
         else:
             met = {decision.site for decision in self.decisions}
-            gone = [_left(site, Reason.UNUSED) for site in self.sites if site.index not in met]
+            gone = [
+                decide(site, Reason.UNUSED, taken=False)
+                for site in self.sites
+                if site.index not in met
+            ]
             settled = self.decisions + gone
         return tuple(sorted([*self.found, *settled], key=lambda decision: decision.site))
 
@@ -196,19 +200,6 @@ class Compilation:
             for d in entry.decisions
         )
         return dataclasses.replace(entry, decisions=tuple(decisions), from_cache=True)
-
-
-def _left(site: Site, reason: Reason) -> Decision:
-    return Decision(
-        site=site.index,
-        kind=site.kind,
-        module=site.module,
-        source=site.source,
-        shape=(),
-        p=site.p,
-        taken=False,
-        reason=reason,
-    )
 
 
 def _code(graph: fx.Graph) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..core.saves import SavedTensor
 from ..passes.save_layout import RowLayout
@@ -55,8 +55,8 @@ def measure_saves(
 
 
 def _copied(x: Any) -> Any:
-    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
-        return x  # nothing writes to a parameter before the optimizer does
+    if not isinstance(x, Tensor):
+        return x
     return x.detach().clone().requires_grad_(x.requires_grad)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import fx
+
+from ..core.decisions import Decision, Reason
 
 TORCH_DIR: Final = os.path.dirname(torch.__file__) + os.sep
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
@@ -36,6 +38,23 @@ class Site:
     """The user's line, ``file.py:12``."""
     of_weight: bool = False
     """Whether what is dropped is made of parameters and buffers alone (DropConnect)."""
+
+
+def decide(
+    site: Site, reason: Reason, *, taken: bool, shape: tuple[int | str, ...] = (), **more: Any
+) -> Decision:
+    """Returns the decision on a site; ``more`` are fields of `Decision`."""
+    return Decision(
+        site=site.index,
+        kind=site.kind,
+        module=site.module,
+        source=site.source,
+        shape=shape,
+        p=site.p,
+        taken=taken,
+        reason=reason,
+        **more,
+    )
 
 
 def module_path(node: fx.Node) -> str:

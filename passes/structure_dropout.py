@@ -19,7 +19,7 @@ from .plan_patterns import Verdict, plan_patterns
 from .price_plan import PlanPricer
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
-from .sites import Site, static_shape
+from .sites import Site, decide, static_shape
 from .support import Support
 
 
@@ -88,20 +88,24 @@ class StructureDropout:
 
     def _deferred(self, graph: fx.Graph, masks: list[fx.Node]) -> StructureResult:
         """Takes all masks but those of weights out of the graph."""
-        deferred = [mask for mask in masks if not self._site(mask).of_weight]
+        fuel = self.options.max_rewrites
+        deferred: list[fx.Node] = []
         decisions = []
         for mask in masks:
-            site, taken = self._site(mask), mask in deferred
+            site, reason = self._site(mask), Reason.DEFERRED
+            if site.of_weight:
+                reason = Reason.WEIGHT_DROPOUT
+            elif fuel is not None and len(deferred) >= fuel:
+                reason = Reason.OUT_OF_FUEL
+            else:
+                deferred.append(mask)
+            taken = reason is Reason.DEFERRED
             decisions.append(
-                Decision(
-                    site=site.index,
-                    kind=site.kind,
-                    module=site.module,
-                    source=site.source,
-                    shape=static_shape(mask.meta["val"]),
-                    p=site.p,
+                decide(
+                    site,
+                    reason,
                     taken=taken,
-                    reason=Reason.DEFERRED if taken else Reason.WEIGHT_DROPOUT,
+                    shape=static_shape(mask.meta["val"]),
                     pattern="deferred" if taken else "random",
                     p_used=site.p,
                 )
@@ -153,15 +157,11 @@ class StructureDropout:
     ) -> Decision:
         site, choice = self._site(mask), verdict.choice
         touched = pricer.touched_by(choice.axis) if choice else []
-        return Decision(
-            site=site.index,
-            kind=site.kind,
-            module=site.module,
-            source=site.source,
-            shape=static_shape(mask.meta["val"]),
-            p=site.p,
+        return decide(
+            site,
+            verdict.reason,
             taken=choice is not None,
-            reason=verdict.reason,
+            shape=static_shape(mask.meta["val"]),
             detail=verdict.detail,
             pattern="block" if choice else "random",
             p_used=choice.p_used if choice else site.p,

@@ -646,3 +646,33 @@ def test_deferred_dropout_drops_for_the_backward_alone() -> None:
     report = ardd.report()
     assert [d.reason for d in report.decisions] == [ardd.Reason.DEFERRED]
     assert "top 32" in {save.encoding for save in report.saves}
+
+
+def test_deferred_dropouts_count_as_rewrites() -> None:
+    options = EAGER | {"pattern": "deferred", "max_rewrites": 1}
+    torch.compile(mlp(0.5), backend="ardd", options=options)(torch.randn(4, 16))
+    reasons = [decision.reason for decision in ardd.report().decisions]
+    assert reasons == [ardd.Reason.DEFERRED, ardd.Reason.OUT_OF_FUEL]
+
+
+class Renormed(nn.Module):
+    """Shrinks its weight at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.weight.mul_(0.5)
+        result: Tensor = self.last(F.gelu(self.first(x)))
+        return result
+
+
+def test_measuring_a_loss_writes_to_no_parameter() -> None:
+    """The call itself writes to it, as it would uncompiled, once."""
+    model = Renormed()
+    before = model.first.weight.detach().clone()
+    report = ardd.explain(model, torch.randn(32, 16), options=EAGER | {"saves": "int8"})
+    assert any(save.error for save in report.saves)
+    assert torch.equal(model.first.weight, 0.5 * before)
