@@ -69,15 +69,8 @@ class Cut:
         Returns:
             The inputs of the backward for them. The old one stays until `tidy`.
         """
-        results = _results(self.forward)
-        at = results.index(node, self.num_fwd_outputs)
-        results[at : at + 1] = parts
-        output = self.forward.graph.output_node()
-        output.args = (tuple(results),)
-        if "desc" in output.meta:  # torch's descriptions of the outputs, one each
-            descriptions = list(output.meta["desc"])
-            descriptions[at : at + 1] = [descriptions[at]] * len(parts)
-            output.meta["desc"] = descriptions
+        at = _results(self.forward).index(node, self.num_fwd_outputs)
+        self._put(slice(at, at + 1), parts)
         graph = self.backward.graph
         old = next(n for n in graph.find_nodes(op="placeholder") if n.name == node.name)
         inputs: list[fx.Node] = []
@@ -105,21 +98,24 @@ class Cut:
         for placeholder in inputs:
             if placeholder.name == node.name:
                 return placeholder
-        output, at = self.forward.graph.output_node(), self.num_fwd_outputs
-        results = _results(self.forward)
         first, _ = self.saves()[0]
-        results.insert(at, node)
-        output.args = (tuple(results),)
-        if "desc" in output.meta:
-            descriptions = list(output.meta["desc"])
-            descriptions.insert(at, descriptions[at] if at < len(descriptions) else None)
-            output.meta["desc"] = descriptions
+        self._put(slice(self.num_fwd_outputs, self.num_fwd_outputs), [node])
         graph = self.backward.graph
         before = next(n for n in inputs if n.name == first.name)
         with graph.inserting_before(before):
             new = graph.placeholder(node.name)
         new.meta = {"val": node.meta["val"]}
         return new
+
+    def _put(self, place: slice, nodes: list[fx.Node]) -> None:
+        """Puts other nodes in a place among what the forward returns."""
+        output, results = self.forward.graph.output_node(), _results(self.forward)
+        results[place] = nodes
+        output.args = (tuple(results),)
+        if "desc" in output.meta:  # torch's descriptions of the outputs, one each
+            descriptions = list(output.meta["desc"])
+            descriptions[place] = [descriptions[place.start]] * len(nodes)
+            output.meta["desc"] = descriptions
 
     def tidy(self) -> None:
         """Removes what nothing reads any more, and makes both modules runnable."""

@@ -13,6 +13,7 @@ from ..runtime.codec import Codec
 from ..runtime.group_values import GroupValues
 from ..runtime.narrow_integers import NarrowIntegers
 from ..runtime.pack_bits import PackBits
+from ..runtime.plain_values import PLAIN
 from ..runtime.quantize_groups import QuantizeGroups
 from ..runtime.round_values import RoundValues
 from ..runtime.token_rows import TokenRows
@@ -106,7 +107,7 @@ def _density(options: Options) -> float:
     return 0.25 if options.save_density is None else options.save_density
 
 
-def _values(bits: int | None, dtype: torch.dtype) -> Codec | None:
+def _values(bits: int | None, dtype: torch.dtype) -> Codec:
     if bits is None or (bits == 16 and dtype.itemsize == 2):
-        return None
+        return PLAIN
     return RoundValues() if bits == 16 else QuantizeGroups(bits)

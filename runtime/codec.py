@@ -48,6 +48,11 @@ class Codec(Protocol):
         """Returns a bound of ``abs(decode(encode(x)) - x)``, of a shape that broadcasts to x."""
 
 
+def suffix(values: Codec) -> str:
+    """Returns what the name of a codec that chooses among values says of how it stores them."""
+    return "" if values.name == "plain" else f", {values.name}"
+
+
 def padded(n: int, multiple: int) -> int:
     """Returns the smallest multiple that is not below n."""
     return math.ceil(n / multiple) * multiple
@@ -65,3 +70,17 @@ def as_float32(x: Tensor) -> Tensor:
         return x.to(torch.float32)
     largest = torch.finfo(torch.float32).max
     return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(torch.float32)
+
+
+def selection_bound(largest: Tensor, mantissa_error: float) -> Tensor:
+    """Returns a bound of what selecting by magnitude drops.
+
+    Args:
+        largest: the largest magnitude and the smallest one kept, float64, ``[2, ...]``.
+        mantissa_error: relative error of a magnitude where it is compared.
+    """
+    most, least = largest
+    # Compared as float32: smaller numbers are 0 there, larger ones infinite.
+    float32 = torch.finfo(torch.float32)
+    bound = least + most * mantissa_error + float32.tiny
+    return torch.where(most > float32.max, torch.inf, bound)

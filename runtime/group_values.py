@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PayloadError
-from .codec import FLOATS, Codec, as_float32, pad_row, padded
+from .codec import FLOATS, Codec, as_float32, pad_row, padded, selection_bound, suffix
+from .plain_values import PLAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +33,20 @@ class GroupValues:
     """N, at least 1."""
     group: int
     """M, at most 16."""
-    values: Codec | None = None
-    """How the values are stored; None for their own type."""
+    values: Codec = PLAIN
+    """How the values are stored."""
     exact: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """``nm 4:16``, and how the values are stored."""
-        name = f"nm {self.kept}:{self.group}"
-        return name if self.values is None else f"{name}, {self.values.name}"
+        return f"nm {self.kept}:{self.group}{suffix(self.values)}"
 
     def refusal(self, dtype: torch.dtype, row: int) -> str | None:
         """Returns why rows cannot be encoded."""
         if dtype not in FLOATS:
             return f"{dtype} has no magnitudes to select"
-        if self.values is not None and (why := self.values.refusal(dtype, self._count(row))):
+        if (why := self.values.refusal(dtype, self._count(row))) is not None:
             return why
         smaller = self.row_bytes(row, dtype) < row * dtype.itemsize
         return None if smaller else f"{self.name} of {row} is not smaller"
@@ -75,18 +75,14 @@ class GroupValues:
         pairs = [a | (b << 4) for a, b in zip(indices[::2], indices[1::2], strict=True)]
         packed = torch.cat(pairs, -1).to(torch.uint8)
         values = torch.cat([(key & _MAGNITUDE) | (key << 31) for key in largest], -1)
-        values = values.view(torch.float32).to(x.dtype)
-        return (packed, values) if self.values is None else (packed, *self.values.encode(values))
+        return (packed, *self.values.encode(values.view(torch.float32).to(x.dtype)))
 
     def decode(self, payload: Sequence[Tensor], row: int, dtype: torch.dtype) -> Tensor:
         """Returns ``[..., row]``, zero where nothing was kept."""
         n = padded(row, self.group) // self.group
         wanted = (torch.uint8, (self.kept + 1) // 2 * n)
         (packed,) = PayloadError.checked(self.name, payload[:1], [wanted])
-        if self.values is None:
-            (values,) = PayloadError.checked(self.name, payload[1:], [(dtype, n * self.kept)])
-        else:
-            values = self.values.decode(payload[1:], n * self.kept, dtype)
+        values = self.values.decode(payload[1:], n * self.kept, dtype)
         PayloadError.check_alike(self.name, [packed, values])
         pairs = packed.to(torch.int32).unflatten(-1, (-1, n))
         values = values.unflatten(-1, (self.kept, -1))
@@ -100,24 +96,17 @@ class GroupValues:
 
     def row_bytes(self, row: int, dtype: torch.dtype) -> int:
         """Returns 4 bits and the bytes of a value for each that is kept."""
-        n, count = padded(row, self.group) // self.group, self._count(row)
-        stored = self.values.row_bytes(count, dtype) if self.values else count * dtype.itemsize
-        return n * ((self.kept + 1) // 2) + stored
+        n = padded(row, self.group) // self.group
+        return n * ((self.kept + 1) // 2) + self.values.row_bytes(self._count(row), dtype)
 
     def error_bound(self, x: Tensor) -> Tensor:
         """Returns the smallest magnitude kept of the group, and the error of the values."""
         groups = pad_row(x, self.group).unflatten(-1, (self.group, -1))
-        largest = groups.abs().double().topk(self.kept, -2).values
-        least = largest[..., -1:, :] + largest[..., :1, :] * 2.0**-17
-        # Selected as float32: smaller numbers are 0 there, larger ones infinite.
-        float32 = torch.finfo(torch.float32)
-        least = torch.where(largest[..., :1, :] > float32.max, torch.inf, least + float32.tiny)
-        bound: Tensor = least.expand(groups.shape).flatten(-2)[..., : x.shape[-1]]
-        if self.values is not None:
-            _, values = dataclasses.replace(self, values=None).encode(x)
-            worst = self.values.error_bound(values).amax(-1, keepdim=True)
-            bound = torch.maximum(bound, worst)
-        return bound
+        largest = groups.abs().double().topk(self.kept, -2).values.movedim(-2, 0)
+        least = selection_bound(largest[[0, -1]], 2.0**-17).unsqueeze(-2)
+        dropped = least.expand(groups.shape).flatten(-2)[..., : x.shape[-1]]
+        _, values = dataclasses.replace(self, values=PLAIN).encode(x)
+        return torch.maximum(dropped, self.values.error_bound(values).amax(-1, keepdim=True))
 
     def _count(self, row: int) -> int:
         return padded(row, self.group) // self.group * self.kept

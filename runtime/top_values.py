@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PayloadError
-from .codec import FLOATS, Codec, padded
+from .codec import FLOATS, Codec, padded, selection_bound, suffix
 from .pack_bits import pack_bits, unpack_bits
+from .plain_values import PLAIN
 
 
 def select_top(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -81,14 +82,14 @@ class TopValues:
 
     kept: int
     """k, at least 1."""
-    values: Codec | None = None
-    """How the values are stored; None for their own type."""
+    values: Codec = PLAIN
+    """How the values are stored."""
     exact: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """``top 256``, and how the values are stored."""
-        return f"top {self.kept}" + ("" if self.values is None else f", {self.values.name}")
+        return f"top {self.kept}{suffix(self.values)}"
 
     def refusal(self, dtype: torch.dtype, row: int) -> str | None:
         """Returns why rows cannot be encoded."""
@@ -96,7 +97,7 @@ class TopValues:
             return f"{dtype} has no magnitudes to select"
         if self.kept > row:
             return f"rows of {row} have no {self.kept} values"
-        if self.values is not None and (why := self.values.refusal(dtype, self.kept)):
+        if (why := self.values.refusal(dtype, self.kept)) is not None:
             return why
         smaller = self.row_bytes(row, dtype) < row * dtype.itemsize
         return None if smaller else f"{self.name} of {row} is not smaller"
@@ -104,34 +105,23 @@ class TopValues:
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Encodes ``[..., n]`` as a bitmap, uint8 ``[..., ceil(n / 8)]``, and the values."""
         bitmap, values = torch.ops.ardd.select_top(x, self.kept)
-        return (bitmap, values) if self.values is None else (bitmap, *self.values.encode(values))
+        return (bitmap, *self.values.encode(values))
 
     def decode(self, payload: Sequence[Tensor], row: int, dtype: torch.dtype) -> Tensor:
         """Returns ``[..., row]``, zero where nothing was kept."""
         PayloadError.checked(self.name, payload[:1], [(torch.uint8, padded(row, 8) // 8)])
-        if self.values is None:
-            (values,) = PayloadError.checked(self.name, payload[1:], [(dtype, self.kept)])
-        else:
-            values = self.values.decode(payload[1:], self.kept, dtype)
+        values = self.values.decode(payload[1:], self.kept, dtype)
         PayloadError.check_alike(self.name, [payload[0], values])
         decoded: Tensor = torch.ops.ardd.place_values(payload[0], values, row)
         return decoded
 
     def row_bytes(self, row: int, dtype: torch.dtype) -> int:
         """Returns the bytes of the bitmap and of the values."""
-        stored = (
-            self.values.row_bytes(self.kept, dtype) if self.values else self.kept * dtype.itemsize
-        )
-        return padded(row, 8) // 8 + stored
+        return padded(row, 8) // 8 + self.values.row_bytes(self.kept, dtype)
 
     def error_bound(self, x: Tensor) -> Tensor:
         """Returns the smallest magnitude kept of the row, and the error of the values."""
-        largest = x.abs().double().topk(self.kept).values
-        # Selected as float32: smaller numbers are 0 there, larger ones infinite.
-        float32 = torch.finfo(torch.float32)
-        bound = largest[..., -1:] * (1 + float32.eps) + float32.tiny
-        bound = torch.where(largest[..., :1] > float32.max, torch.inf, bound)
-        if self.values is not None:
-            worst = self.values.error_bound(select_top(x, self.kept)[1]).amax(-1, keepdim=True)
-            bound = torch.maximum(bound, worst)
-        return bound.expand(x.shape)
+        largest = x.abs().double().topk(self.kept).values.movedim(-1, 0)
+        dropped = selection_bound(largest[[0, -1]], 2.0**-23).unsqueeze(-1)
+        worst = self.values.error_bound(select_top(x, self.kept)[1]).amax(-1, keepdim=True)
+        return torch.maximum(dropped, worst).expand(x.shape)

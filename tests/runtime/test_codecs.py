@@ -18,12 +18,13 @@ from ardd.runtime.codec import FLOATS, Codec
 from ardd.runtime.group_values import GroupValues
 from ardd.runtime.narrow_integers import NarrowIntegers
 from ardd.runtime.pack_bits import PackBits
+from ardd.runtime.plain_values import PLAIN
 from ardd.runtime.quantize_groups import QuantizeGroups
 from ardd.runtime.round_values import RoundValues
 from ardd.runtime.token_rows import TokenRows, select_rows
 from ardd.runtime.top_values import TopValues
 
-VALUES: list[Codec | None] = [None, RoundValues(), QuantizeGroups(8), QuantizeGroups(4)]
+VALUES: list[Codec] = [PLAIN, RoundValues(), QuantizeGroups(8), QuantizeGroups(4)]
 SIGNED: list[Codec] = [QuantizeGroups(8, sign=True), QuantizeGroups(4, sign=True)]
 DITHERED: list[Codec] = [QuantizeGroups(8), QuantizeGroups(4), *SIGNED]
 GROUPED: list[Codec] = [GroupValues(n, m, v) for n, m in ((2, 8), (4, 16), (8, 16)) for v in VALUES]
@@ -255,14 +256,14 @@ def test_what_is_kept_is_the_largest(codec: Codec, x: Tensor) -> None:
     """What decodes to zero is nowhere larger than what does not, of its group or row."""
     if not isinstance(codec, TopValues):
         assert isinstance(codec, GroupValues)
-        codec = dataclasses.replace(codec, values=None)
+        codec = dataclasses.replace(codec, values=PLAIN)
         runs = -(-x.shape[-1] // codec.group)
         padded = torch.nn.functional.pad(x, (0, runs * codec.group - x.shape[-1]))
         decoded = round_trip(codec, padded).unflatten(-1, (codec.group, -1)).double()
         magnitude = padded.unflatten(-1, (codec.group, -1)).double().abs()
         dim = -2
     else:
-        codec = dataclasses.replace(codec, values=None)
+        codec = dataclasses.replace(codec, values=PLAIN)
         decoded, magnitude, dim = round_trip(codec, x).double(), x.double().abs(), -1
     kept = decoded != 0
     assert (kept.sum(dim) <= codec.kept).all()
