@@ -29,7 +29,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.mlp --out $(RESULTS)
 	$(BIN)/python -m benchmarks.gpt_block --out $(RESULTS)
 	$(BIN)/python -m benchmarks.saves --out $(RESULTS)
-	$(if $(MNIST),$(BIN)/python -m benchmarks.quality --out $(RESULTS) --data $(MNIST))
+	$(if $(MNIST),$(BIN)/python -m benchmarks.quality --out $(RESULTS) --mnist $(MNIST))
 	$(if $(MNIST),$(BIN)/python -m benchmarks.quality_saves --out $(RESULTS) --mnist $(MNIST))
 
 # The metadata under src/ is what lets torch find the backend by name with nothing installed.

@@ -9,38 +9,20 @@ the same weights on the same batches with every encoding; only what is saved for
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from benchmarks._measure import header, table, write
-from benchmarks.quality import load, mean_and_error
-from benchmarks.saves import CharModel
+from benchmarks._tasks import Task, characters, mean_and_error, mnist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 import ardd
-
-BATCH, CONTEXT = 128, 64
-TEXT_BATCH = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A model, its batches and its validation loss."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    batches: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
-    """Takes the seed and the number of steps."""
-    validation: tuple[Tensor, Tensor]
-    steps: int
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 
 
 def families(densities: Sequence[float]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,85 +41,29 @@ def families(densities: Sequence[float]) -> Iterator[tuple[str, dict[str, Any]]]
     yield "mixed, budget 0.1", {"saves": "mixed", "memory_budget": 0.1}
 
 
-def mnist(folder: Path, steps: int) -> Task:
-    data = load(folder)
-
-    def build() -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(784, 1024), nn.ReLU(),
-            nn.Linear(1024, 1024), nn.ReLU(),
-            nn.Linear(1024, 10),
-        )  # fmt: skip
-
-    def batches(seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            rows = torch.randint(len(data.train_x), (BATCH,), generator=generator)
-            yield data.train_x[rows], data.train_y[rows]
-
-    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=True)
-
-    return Task("MLP on MNIST", build, batches, (data.test_x, data.test_y), steps, optimizer)
-
-
-def shakespeare(path: Path, steps: int) -> Task:
-    text = path.read_text("utf-8")
-    number = {character: i for i, character in enumerate(sorted(set(text)))}
-    ids = torch.tensor([number[character] for character in text])
-    train, valid = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
-    windows = valid[: 128 * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-
-    def batches(seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            starts = torch.randint(len(train) - CONTEXT, (TEXT_BATCH, 1), generator=generator)
-            window = train[starts + torch.arange(CONTEXT + 1)]
-            yield window[:, :-1], window[:, 1:]
-
-    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-
-    return Task(
-        "character transformer",
-        lambda: CharModel(width=128, layers=2, heads=4),
-        batches,
-        (windows[:, :-1], windows[:, 1:]),
-        steps,
-        optimizer,
-    )
-
-
 def train(
     task: Task, model: nn.Module, run: Callable[[Tensor], Tensor], seed: int, autocast: bool
 ) -> float:
     """Trains from new weights and returns the validation loss."""
-    torch.manual_seed(seed)
-    model.load_state_dict(task.build().state_dict())
-    model.train()
+    task.renew(model, 0.0, seed)
     optimizer = task.optimizer(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
-
-    def loss_of(run: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = run(x)
-        return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
-
-    for x, y in task.batches(seed, task.steps):
+    for batch in itertools.islice(task.batches(seed), task.steps):
         optimizer.zero_grad(set_to_none=True)
-        loss_of(run, x, y).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = task.loss(run, batch)
+        loss.backward()
         optimizer.step()
         schedule.step()
-    model.eval()
-    with torch.no_grad():
-        return loss_of(model, *task.validation).item()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return task.scores(model)[1]
 
 
 def saved_bytes(task: Task, options: dict[str, Any], autocast: bool) -> tuple[int, int]:
     """Returns the bytes that one batch saves for backward, by torch and with the options."""
-    x, _ = next(task.batches(0, 1))
+    x, _ = next(task.batches(0))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        report = ardd.explain(task.build(), x, options=options)
+        report = ardd.explain(task.build(0.0), x, options=options)
     assert report.saved_bytes_before is not None
     assert report.saved_bytes_after is not None
     return report.saved_bytes_before, report.saved_bytes_after
@@ -158,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error("--seeds must be at least 2: one value has no standard error")
-    tasks = [mnist(args.mnist, args.steps)] if args.mnist else []
-    tasks += [shakespeare(args.text, args.text_steps)] if args.text else []
+    tasks = [mnist(args.mnist, args.steps, 0.05)] if args.mnist else []
+    tasks += [characters(args.text, args.text_steps)] if args.text else []
     if not tasks:
         parser.error("give --mnist DIR, --text FILE or both")
 
@@ -179,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress.update(bar, description=f"{task.name}: {name}")
                 torch.compiler.reset()
                 dense_bytes, saved = saved_bytes(task, options, args.bfloat16)
-                model = task.build()
+                model = task.build(0.0)
                 # Strict: the original program in its place would be a dense row of another name.
                 run = torch.compile(model, backend="ardd", options={**options, "strict": True})
                 losses = []

@@ -27,6 +27,7 @@ from benchmarks._measure import (
     table,
     write,
 )
+from benchmarks._tasks import CharModel
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -46,29 +47,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixed, 4 bits": {"saves": "mixed", "save_bits": 4},
 }
 RECOMPUTED, HOOKS = "Inductor, recomputing", "eager, hooks"
-
-
-class CharModel(nn.Module):
-    """A small GPT. Shapes: b batch, t tokens, d width."""
-
-    def __init__(self, width: int = 256, layers: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(128, width)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 128)
-
-    def forward(self, x_bt: Tensor) -> Tensor:
-        future = nn.Transformer.generate_square_subsequent_mask(x_bt.shape[1], x_bt.device)
-        h_btd: Tensor = self.embed(x_bt)
-        for block in self.blocks:
-            h_btd = block(h_btd, src_mask=future, is_causal=True)
-        logits: Tensor = self.head(self.norm(h_btd))
-        return logits
 
 
 class Bert(nn.Module):
