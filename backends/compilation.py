@@ -19,6 +19,7 @@ from ..passes.check_redraw import check_redraw
 from ..passes.compress_saves import CompressSaves, SavesResult
 from ..passes.cost_model import find_cost_model
 from ..passes.cut_graphs import Cut
+from ..passes.program_inputs import grads_of, inputs_in
 from ..passes.share_saves import ShareSaves
 from ..passes.sites import Site, decide
 from ..passes.structure_dropout import StructureDropout, StructureResult
@@ -116,26 +117,22 @@ class Compilation:
         except Exception as cause:
             raise PassError("check-redraw", cause) from cause
         self.inference = False
-        grads = self._parameter_grads(joint)
-        both = Cut(forward, backward, kwargs["num_fwd_outputs"], grads)
+        results = kwargs["num_fwd_outputs"]
+        both = Cut(
+            forward,
+            backward,
+            results,
+            inputs_in(forward.graph, self.parameters),
+            grads_of(joint.graph, self.parameters, results),
+        )
         try:
-            self.saves = CompressSaves(self.options, self.parameters).apply(both)
+            self.saves = CompressSaves(self.options).apply(both)
         except BudgetError:
             raise
         except Exception as cause:
             raise PassError(CompressSaves.name, cause) from cause
         self.forward, self.backward = _code(forward.graph), _code(backward.graph)
         return forward, backward
-
-    def _parameter_grads(self, joint: fx.GraphModule) -> list[int]:
-        """Returns which outputs of the backward are gradients of parameters.
-
-        There is one for every input of the program, in their order.
-        """
-        inputs = joint.graph.find_nodes(op="placeholder")
-        primals = [node for node in inputs if not node.name.startswith("tangents")]
-        indices = [getattr(node.meta.get("desc"), "idx", None) for node in primals]
-        return [place for place, index in enumerate(indices) if index in self.parameters]
 
     def fail(self, error: PassError) -> None:
         """Notes that something failed and that the original program runs, and warns."""

@@ -14,6 +14,7 @@ class Reason(enum.Enum):
 
     STRUCTURED = "the products around it are computed on the kept features only"
     DEFERRED = "the forward keeps everything; what is saved for backward is dropped"
+    NOT_DEFERRABLE = "backward uses what it drops for more than gradients of weights, or saves none"
     NOT_WORTH_IT = "structure saves less time than gathering and expanding costs"
     NO_PRODUCT = "no product with a weight contracts or produces a dimension of it"
     SHAPE = "no block size divides the dimension within rate_tolerance"

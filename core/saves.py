@@ -14,7 +14,7 @@ class SaveReason(enum.Enum):
 
     ENCODED = "encoded by what backward uses it for"
     RECOMPUTED = "computed again from other saves by pointwise ops"
-    SAME_STORAGE = "a view of another save"
+    SAME_STORAGE = "it shares its memory with another save: to encode it alone would free nothing"
     NO_BYTES = "an input, a parameter or a view of one: it is kept anyway"
     USER_OUTPUT = "the program returns it: it is kept anyway"
     SMALL = "too small to be worth it"
@@ -23,6 +23,8 @@ class SaveReason(enum.Enum):
     UNSUPPORTED = "no encoding of this family holds rows of this type and length"
     DYNAMIC = "its rows have no fixed length"
     OVERLAPPING = "elements of it share memory"
+    HUGE_VALUES = "it may hold numbers as large as those of masks, beside which others are lost"
+    PARAMETERS = "made of parameters alone: it is never encoded with a loss"
     BUDGET = "the memory budget is met without"
 
 

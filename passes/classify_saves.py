@@ -10,6 +10,7 @@ from torch import fx
 
 from .cut_graphs import LAYOUT_OPS, bytes_of, downstream
 from .relation import shape_of
+from .smooth_uses import error_grows_after, grows_at
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -36,12 +37,15 @@ WEIGHT_GRADIENT, ATTENTION, SOFTMAX = "weight gradient", "attention", "softmax"
 POINTWISE, STATISTIC = "pointwise", "statistic"
 
 
-def uses_of(saved: fx.Node, parameter_grads: Collection[fx.Node]) -> tuple[str, ...]:
+def uses_of(
+    saved: fx.Node, parameter_grads: Collection[fx.Node], known: dict[fx.Node, str | None]
+) -> tuple[str, ...]:
     """Returns what a backward graph uses an input of it for.
 
     Args:
         saved: the input.
         parameter_grads: the nodes that are gradients of parameters and of nothing else.
+        known: what `error_grows_after` has found so far.
 
     Returns:
         ``mask`` and ``index`` by type. Else, each once: ``sign`` where it is only compared with a
@@ -49,7 +53,8 @@ def uses_of(saved: fx.Node, parameter_grads: Collection[fx.Node]) -> tuple[str, 
         gradients of parameters depends on; ``attention`` for operands of other products and of
         fused attention; ``softmax`` for what is exponentiated relative to its maximum;
         ``pointwise``; ``statistic`` for what is broadcast over many elements there, and for the
-        sums of attention; and the name of any other op.
+        sums of attention; and the name of any other op, or of the first one further on that makes
+        a large error of a small one.
     """
     dtype = saved.meta["val"].dtype
     if dtype == torch.bool:
@@ -58,8 +63,10 @@ def uses_of(saved: fx.Node, parameter_grads: Collection[fx.Node]) -> tuple[str, 
         return ("complex",)
     if not dtype.is_floating_point:
         return (INDEX,)
-    uses = (_use(value, user, parameter_grads) for value, user in readers(saved))
-    return tuple(sorted(set(uses)))
+    uses = {use_of(value, user, parameter_grads) for value, user in readers(saved)}
+    others = [(v, user) for v, user in readers(saved) if not is_comparison(user)]
+    grows = (grows_at(v, user) or error_grows_after(user, known) for v, user in others)
+    return tuple(sorted(uses | {name for name in grows if name is not None}))
 
 
 def readers(saved: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -93,7 +100,8 @@ def same_values(node: fx.Node) -> Iterator[fx.Node]:
         node = source
 
 
-def _use(value: fx.Node, user: fx.Node, parameter_grads: Collection[fx.Node]) -> str:
+def use_of(value: fx.Node, user: fx.Node, parameter_grads: Collection[fx.Node]) -> str:
+    """Returns what one reader uses a tensor for, as `uses_of` tells it."""
     if user.target in COMPARISONS:
         return SIGN if is_comparison(user) else "a comparison"
     if user.target in _PRODUCTS:
@@ -106,12 +114,14 @@ def _use(value: fx.Node, user: fx.Node, parameter_grads: Collection[fx.Node]) ->
         ends = all(_is_parameter_grad(weight, parameter_grads) for weight in weights)
         return WEIGHT_GRADIENT if alone and ends else "convolution_backward"
     if "scaled_dot_product" in str(user.target):
-        return STATISTIC if value in _logsumexp(user) else ATTENTION
+        arguments = _named_arguments(value, user)
+        if "logsumexp" in arguments:
+            return STATISTIC
+        # A mask of 0 and minus infinity is no number to be rounded.
+        return "attention mask" if arguments & {"attn_mask", "attn_bias"} else ATTENTION
     if user.target is aten.sub.Tensor and _is_shifted_for_exp(value, user):
         return SOFTMAX
     target = user.target
-    if _divides_by(value, user):
-        return "divisor"
     if isinstance(target, torch._ops.OpOverload):
         # A conversion to float before the op that rounds back is as harmless as the op itself.
         if torch.Tag.pointwise in target.tags:
@@ -125,19 +135,11 @@ def is_comparison(user: fx.Node) -> bool:
     return user.target in COMPARISONS and isinstance(user.args[1], (int, float))
 
 
-def _divides_by(value: fx.Node, user: fx.Node) -> bool:
-    """Returns whether a small error of a small value becomes a large one."""
-    if user.target is aten.div.Tensor:
-        return user.args[1] is value
-    if user.target is aten.pow.Tensor_Scalar:
-        exponent = user.args[1]
-        return isinstance(exponent, (int, float)) and exponent < 0
-    return user.target in (aten.reciprocal.default, aten.rsqrt.default, aten.log.default)
-
-
-def _logsumexp(attention: fx.Node) -> list[object]:
-    arguments = zip(attention.target._schema.arguments, attention.args, strict=False)  # type: ignore[union-attr]
-    return [given for argument, given in arguments if argument.name == "logsumexp"]
+def _named_arguments(value: fx.Node, user: fx.Node) -> set[str]:
+    """Returns the names of the arguments that a tensor is given as."""
+    arguments = user.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: x for a, x in zip(arguments, user.args, strict=False)} | user.kwargs
+    return {name for name, x in given.items() if x is value}
 
 
 def _is_bias(value: fx.Node, product: fx.Node) -> bool:
@@ -186,10 +188,9 @@ def never_negative(node: object) -> bool:
         return True
     if node.target is aten.full.default:
         return never_negative(node.args[1])
-    if node.target in _SAME_VALUES or node.target in (
-        operator.getitem,
-        aten.constant_pad_nd.default,
-    ):
+    if node.target is aten.constant_pad_nd.default:
+        return all(never_negative(arg) for arg in (node.args[0], *node.args[2:]))
+    if node.target in _SAME_VALUES or node.target is operator.getitem:
         return never_negative(node.args[0])
     if node.target in _KEEP_SIGN or "max_pool" in str(node.target):
         operands = [arg for arg in node.args[:2] if isinstance(arg, (fx.Node, int, float))]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -32,8 +32,10 @@ from .cut_graphs import Cut
 from .describe_saves import SMALLEST_BYTES, Save, describe_saves, keeps_sign, saved_row
 from .encode_saves import encode, keep_rows, split_signs
 from .merge_views import merge_views
+from .plan_saves import BY_FEATURE, QUANTISED
 from .recompute_saves import chain_of, recompute
 from .save_layout import RowLayout
+from .smooth_uses import grows_at
 
 # Relative error (2-norm) on Gaussian activations, to weigh one encoding against another.
 _ERRORS: Mapping[str, float] = {"int8": 0.008, "int4": 0.13, "nm": 0.55, "top": 0.6, "rows": 0.8}
@@ -72,8 +74,6 @@ class CompressSaves:
 
     options: Options = dataclasses.field(default_factory=Options)
     """What the user asked for."""
-    parameters: Collection[int] = ()
-    """Which inputs of the Dynamo graph are parameters."""
 
     def apply(self, cut: Cut) -> SavesResult:
         """Rewrites both graphs in place.
@@ -115,12 +115,7 @@ class CompressSaves:
 
         Not what the forward writes to at its end: backward would read the new values.
         """
-        parameters = {
-            node
-            for node in cut.forward.graph.find_nodes(op="placeholder")
-            if getattr(node.meta.get("desc"), "idx", None) in self.parameters
-        }
-        sources = parameters | {node for node, _ in cut.saves()}
+        sources = {*cut.parameters, *cut.sizes(), *(node for node, _ in cut.saves())}
         return {node for node in sources if not _is_written(node)}
 
     # ---- the plan -------------------------------------------------------------------
@@ -149,12 +144,23 @@ class CompressSaves:
             if stays or save.bytes < SMALLEST_BYTES:
                 continue
             chain = chain_of(save.node, self._sources(cut))
-            if chain is not None:
+            if chain is not None and not self._spoils(save, chain, saves):
                 recompute(cut, save.node, chain)
                 total -= save.exact_bytes
                 sources = {source for node in chain for source in node.all_input_nodes}
                 done.append((save, sources))
         return done
+
+    def _spoils(self, save: Save, chain: list[fx.Node], saves: list[Save]) -> bool:
+        """Returns whether to compute a save again would forbid to encode what it is made from."""
+        inside = set(chain)
+        sources = {source for node in chain for source in node.all_input_nodes} - inside
+        if not any(other.ladder for other in saves if other.node in sources):
+            return False
+        if self.options.saves in BY_FEATURE:
+            return True  # pointwise ops are no weight gradients
+        rough = any(grows_at(source, node) for node in chain for source in node.all_input_nodes)
+        return rough or not set(save.uses) <= QUANTISED - {SIGN}
 
     def _exact_bytes(self, cut: Cut, saves: list[Save]) -> int:
         """Returns the bytes saved with the exact encodings alone."""

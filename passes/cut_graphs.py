@@ -33,6 +33,8 @@ class Cut:
     backward: fx.GraphModule
     num_fwd_outputs: int
     """Outputs of the forward before what is saved."""
+    parameters: Collection[fx.Node] = ()
+    """Inputs of the forward that are parameters."""
     parameter_grads: Collection[int] = ()
     """Outputs of the backward that are gradients of parameters."""
 
@@ -53,6 +55,12 @@ class Cut:
         """
         inputs = {node.name: node for node in self.backward.graph.find_nodes(op="placeholder")}
         return [(node, inputs[node.name]) for node in self._saved() if node.name in inputs]
+
+    def sizes(self) -> list[fx.Node]:
+        """Returns the symbolic sizes, nodes of the forward, that the backward has as well."""
+        known = {node.name for node in self.backward.graph.find_nodes(op="placeholder")}
+        nodes = self.forward.graph.nodes
+        return [n for n in nodes if n.name in known and isinstance(n.meta.get("val"), torch.SymInt)]
 
     def _saved(self) -> list[fx.Node]:
         results = dict.fromkeys(_results(self.forward)[self.num_fwd_outputs :])

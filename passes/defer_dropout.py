@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .classify_saves import same_values
-from .emit import Emitter, fake_mode_of
+from .classify_saves import WEIGHT_GRADIENT, readers, same_values, use_of
 
 aten = torch.ops.aten
 
@@ -22,24 +21,52 @@ _RATE = "ardd_deferred"
 
 
 def defer_masks(graph: fx.Graph, masks: Iterable[fx.Node]) -> None:
-    """Takes masks out of products, in place, and marks what they were to drop.
+    """Takes masks that `can_defer` allows out of products, in place, and marks what they drop.
 
     `lower_random_masks` removes the masks, and makes constants of those that are read elsewhere.
 
     Park et al. 2021, "Deferred Dropout", https://doi.org/10.1109/ICCAD51958.2021.9643433. The
     values dropped are the smallest, and so no draw is needed.
     """
-    emit = Emitter(graph, fake_mode_of(graph))
     for mask in masks:
         like, shared, p, mean, site = mask.args
         for user in list(mask.users):
             other: Any = next((x for x in user.all_input_nodes if x is not mask), None)
             if user.target is aten.mul.Tensor and other is not None and _alike(user, other):
                 other.meta[_RATE] = p
-                kept = other if mean == 1.0 else emit.op(user, aten.mul.Tensor, other, mean)
-                user.replace_all_uses_with(kept)
+                user.replace_all_uses_with(other)
                 graph.erase_node(user)
         mask.args = (like, shared, 0.0, mean, site)  # where it stays, it drops nothing
+
+
+def can_defer(mask: fx.Node, forward: Collection[fx.Node], grads: Collection[fx.Node]) -> bool:
+    """Returns whether what a mask drops can be dropped from saves, and nothing else is.
+
+    All that backward does with the product of tensor and mask has to be weight gradients, the
+    tensor has to be read for that product alone, and to be no input, which nobody saves.
+
+    Args:
+        mask: a mask of the joint graph.
+        forward: the nodes of the forward.
+        grads: the nodes that are gradients of parameters and of nothing else.
+    """
+    _, _, _, mean, _ = mask.args
+    products = [user for user in mask.users if user in forward]
+    if mean != 1.0 or not products:
+        return False
+    for product in products:
+        other: Any = next((x for x in product.all_input_nodes if x is not mask), None)
+        if product.target is not aten.mul.Tensor or other is None or not _alike(product, other):
+            return False
+        tensors = list(same_values(other))
+        inside = {product, mask, *tensors}
+        readers_of = {user for tensor in tensors for user in tensor.users if user in forward}
+        if tensors[-1].op == "placeholder" or not readers_of <= inside:
+            return False
+        later = [(v, user) for v, user in readers(product) if user not in forward]
+        if {use_of(v, user, grads) for v, user in later} != {WEIGHT_GRADIENT}:
+            return False
+    return True
 
 
 def deferred_rate(node: fx.Node) -> float | None:

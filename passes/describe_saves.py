@@ -14,16 +14,27 @@ from torch import fx
 from ..core.options import Options
 from ..core.saves import SavedTensor, SaveReason
 from ..runtime.codec import Codec
+from ..runtime.pack_bits import PackBits
 from ..runtime.quantize_groups import QuantizeGroups
 from ..runtime.token_rows import TokenRows
-from .classify_saves import INDEX, MASK, SIGN, is_comparison, never_negative, readers, uses_of
+from .classify_saves import (
+    INDEX,
+    MASK,
+    SIGN,
+    SOFTMAX,
+    is_comparison,
+    never_negative,
+    readers,
+    uses_of,
+)
 from .cut_graphs import Cut, bytes_of, root_of
 from .defer_dropout import deferred_rate
 from .encode_saves import contractions
-from .plan_saves import SaveFacts, exact_codec, lossy_codecs
+from .plan_saves import BY_FEATURE, SaveFacts, exact_codec, lossy_codecs
 from .relation import shape_of
 from .save_layout import RowLayout, row_layout
 from .sites import module_path, static_shape
+from .smooth_uses import may_hold_huge_values
 
 aten = torch.ops.aten
 
@@ -84,7 +95,8 @@ class Save:
         """Bytes of the comparisons, one bit for each."""
         assert self.facts is not None
         compared = {(u.target, u.args[1]) for _, u in comparisons(self.given)}
-        return len(compared) * (bytes_of(self.node) // self.facts.dtype.itemsize + 7) // 8
+        row, elements = self.facts.row, bytes_of(self.node) // self.facts.dtype.itemsize
+        return len(compared) * (elements // row) * PackBits().row_bytes(row, torch.bool)
 
     def row(self, encoding: str, after: int, reason: SaveReason, *, exact: bool) -> SavedTensor:
         """Returns the row of the report."""
@@ -96,10 +108,13 @@ def describe_saves(cut: Cut, options: Options) -> list[Save]:
     kept = cut.returned
     shared = Counter(root_of(node) for node, _ in cut.saves())
     grads, seen = _parameter_grads(cut), set()
+    known: dict[fx.Node, str | None] = {}
     saves = []
     for node, given in cut.saves():
         root = root_of(node)
-        save = Save(node, given, uses_of(given, grads), 0 if root in seen else bytes_of(root))
+        save = Save(
+            node, given, uses_of(given, grads, known), 0 if root in seen else bytes_of(root)
+        )
         seen.add(root)
         saves.append(save)
         if root.op == "placeholder":
@@ -111,14 +126,17 @@ def describe_saves(cut: Cut, options: Options) -> list[Save]:
         elif save.bytes < SMALLEST_BYTES:
             save.reason = SaveReason.SMALL
         else:
-            _add_facts(save, options)
+            _add_facts(save, options, cut.parameters)
     return saves
 
 
-def _add_facts(save: Save, options: Options) -> None:
+def _add_facts(save: Save, options: Options, parameters: Collection[fx.Node]) -> None:
     value = save.node.meta["val"]
     # Bits are packed in eight runs, that have to be whole vectors; features stay in a row.
     shortest, multiple = (1024, 128) if set(save.uses) <= {MASK, SIGN} else (64, 64)
+    deferred = deferred_rate(save.node)
+    if options.saves in BY_FEATURE or deferred is not None:
+        shortest, multiple = 1, 1  # these choose among the features of each token
     save.layout = row_layout(value, shortest, multiple)
     if save.layout is None:
         shared = any(isinstance(s, int) and s == 0 for s in value.stride())
@@ -139,7 +157,7 @@ def _add_facts(save: Save, options: Options) -> None:
         row=save.layout.row,
         tokens=tokens if rows and isinstance(tokens, int) else None,
         largest=_largest_index(root_of(save.node)) if save.uses == (INDEX,) else None,
-        deferred=deferred_rate(save.node),
+        deferred=deferred,
         sign=direct and with_zero and never_negative(save.node),
     )
     exact = exact_codec(save.facts)
@@ -154,6 +172,25 @@ def _add_facts(save: Save, options: Options) -> None:
     if options.saves != "exact":
         refused = SaveReason.UNSUPPORTED if allowed else SaveReason.USE
         save.reason = SaveReason.BUDGET if save.ladder else refused
+    # An error in those depends on the values, not on what they are used for.
+    softmax = SOFTMAX in save.uses  # where the user's own mask may be added
+    if save.ladder and may_hold_huge_values(save.node, from_inputs=softmax):
+        save.ladder, save.reason = [], SaveReason.HUGE_VALUES
+    elif save.ladder and _made_of(save.node, parameters):
+        save.ladder, save.reason = [], SaveReason.PARAMETERS
+
+
+def _made_of(node: fx.Node, parameters: Collection[fx.Node]) -> bool:
+    """Returns whether no data is in a tensor: a weight in another type, or one made of others."""
+    stack, seen = [node], {node}
+    while stack:
+        at = stack.pop()
+        if at.op == "placeholder" and at not in parameters:
+            return False
+        new = [source for source in at.all_input_nodes if source not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return True
 
 
 def _parameter_grads(cut: Cut) -> Collection[fx.Node]:
@@ -180,6 +217,12 @@ def _with_zero(comparison: fx.Node) -> bool:
     return comparison.target in (aten.le.Scalar, aten.gt.Scalar) and bool(number == 0)
 
 
+_INDICES_ALONG_SECOND = {
+    *(aten.max.dim, aten.min.dim, aten.sort.default, aten.argmax.default, aten.median.dim),
+    *(aten.nanmedian.dim, aten.mode.default, aten.cummax.default, aten.cummin.default),
+}
+
+
 def _largest_index(node: fx.Node) -> int | None:
     """Returns the largest index that a reduction can give, None where it is not known."""
     source: Any = node
@@ -188,9 +231,9 @@ def _largest_index(node: fx.Node) -> int | None:
         if node.args[1] != 1:
             return None
     args = source.args
-    if source.target in (aten.max.dim, aten.min.dim, aten.sort.default, aten.argmax.default):
+    if source.target in _INDICES_ALONG_SECOND:
         bound = _size_along(args[0], args[1] if len(args) > 1 else -1)
-    elif source.target is aten.topk.default:
+    elif source.target in (aten.topk.default, aten.kthvalue.default):
         bound = _size_along(args[0], args[2] if len(args) > 2 else -1)
     else:
         return None

@@ -30,7 +30,9 @@ def merge_views(cut: Cut, kept: Collection[fx.Node]) -> list[fx.Node]:
         whole = sum(map(bytes_of, views)) >= bytes_of(root)
         if len(views) < 2 or root.op == "placeholder" or root in kept or not whole:
             continue
-        chains = [(view, chain_of(view, {root})) for view in views if view is not root]
+        chains = [
+            (view, chain_of(view, {root, *cut.sizes()})) for view in views if view is not root
+        ]
         if any(chain is None for _, chain in chains):
             continue
         if root not in views:

@@ -20,8 +20,11 @@ from ..runtime.token_rows import TokenRows
 from ..runtime.top_values import TopValues
 from .classify_saves import ATTENTION, INDEX, MASK, POINTWISE, SIGN, SOFTMAX, WEIGHT_GRADIENT
 
+BY_FEATURE: Final = ("nm", "topk", "rows", "sampled_rows")
+"""Families that choose among the features of a token, or among tokens."""
 _SENSITIVE: Final = {SOFTMAX}
-_QUANTISED: Final = {WEIGHT_GRADIENT, ATTENTION, POINTWISE, SOFTMAX, SIGN}
+QUANTISED: Final = {WEIGHT_GRADIENT, ATTENTION, POINTWISE, SOFTMAX, SIGN}
+"""Uses that bear an error everywhere; signs are kept apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def lossy_codecs(facts: SaveFacts, options: Options) -> list[Codec | TokenRows]:
         sparse = options.saves in ("nm", "rows", "sampled_rows")
         family = options.saves if sparse else "topk"
         options = dataclasses.replace(options, saves=family, save_density=1 - facts.deferred)
-    if options.saves in ("off", "exact") or not set(facts.uses) <= _QUANTISED:
+    if options.saves in ("off", "exact") or not set(facts.uses) <= QUANTISED:
         return []
     # A row contracted over tokens alone may lose features; anything else must keep them all.
     weight_gradient = set(facts.uses) - {SIGN} == {WEIGHT_GRADIENT}

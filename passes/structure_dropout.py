@@ -12,11 +12,12 @@ from ..core.decisions import Decision, PassResult, Reason
 from ..core.options import Options
 from .compact import compact
 from .cost_model import find_cost_model
-from .defer_dropout import defer_masks
+from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
-from .feature_dims import feature_axes
+from .feature_dims import feature_axes, forward_nodes
 from .plan_patterns import Verdict, plan_patterns
 from .price_plan import PlanPricer
+from .program_inputs import grads_of, inputs_in
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
 from .sites import Site, decide, static_shape
@@ -87,14 +88,17 @@ class StructureDropout:
         return result
 
     def _deferred(self, graph: fx.Graph, masks: list[fx.Node]) -> StructureResult:
-        """Takes all masks but those of weights out of the graph."""
+        """Takes the masks out of the graph that saves alone can be dropped for."""
         fuel = self.options.max_rewrites
+        forward, grads = set(forward_nodes(graph)), self._parameter_grads(graph)
         deferred: list[fx.Node] = []
         decisions = []
         for mask in masks:
             site, reason = self._site(mask), Reason.DEFERRED
             if site.of_weight:
                 reason = Reason.WEIGHT_DROPOUT
+            elif not can_defer(mask, forward, grads):
+                reason = Reason.NOT_DEFERRABLE
             elif fuel is not None and len(deferred) >= fuel:
                 reason = Reason.OUT_OF_FUEL
             else:
@@ -120,7 +124,9 @@ class StructureDropout:
     ) -> dict[fx.Node, Verdict]:
         refused = {m: reason for m in masks if (reason := self._refused(m, support)) is not None}
         rates = {m: _float(m.args[2]) for m in masks if m not in refused}
-        features = feature_axes(graph, support, self._parameter_nodes(graph)) if rates else set()
+        features = (
+            feature_axes(graph, support, set(inputs_in(graph, self.parameters))) if rates else set()
+        )
         planned = plan_patterns(support, rates, features, pricer, self.options)
         fuel = self.options.max_rewrites
         verdicts: dict[fx.Node, Verdict] = {}
@@ -171,18 +177,18 @@ class StructureDropout:
             flops_after=pricer.flops(touched, chosen),
         )
 
+    def _parameter_grads(self, graph: fx.Graph) -> set[fx.Node]:
+        """Returns the results of the graph that are gradients of parameters and nothing else."""
+        (results,) = graph.output_node().args
+        assert isinstance(results, (tuple, list))
+        places = set(grads_of(graph, self.parameters, 0))
+        nodes = [(i in places, node) for i, node in enumerate(results) if node is not None]
+        return {node for is_grad, node in nodes if is_grad} - {n for g, n in nodes if not g}
+
     def _site(self, mask: fx.Node) -> Site:
         index = mask.args[4]
         assert isinstance(index, int)
         return next(site for site in self.sites if site.index == index)
-
-    def _parameter_nodes(self, graph: fx.Graph) -> list[fx.Node]:
-        return [
-            node
-            for node in graph.nodes
-            if node.op == "placeholder"
-            and getattr(node.meta.get("desc"), "idx", None) in self.parameters
-        ]
 
 
 def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:

@@ -27,7 +27,8 @@ class QuantizeGroups:
     every element would cost more than all the rest, and from torch's generators it would change
     the masks that the program itself draws.
 
-    A group with a NaN or an infinity decodes to NaN, so that an overflow stays visible.
+    A group with a NaN or an infinity decodes to NaN, so that an overflow stays visible; where the
+    sign is kept, what is 0 stays 0.
     """
 
     bits: int
@@ -62,7 +63,8 @@ class QuantizeGroups:
             ``[..., groups]``, low left out where the sign is kept.
         """
         groups = pad_row(as_float32(x), GROUP).unflatten(-1, (-1, GROUP))
-        positive = pad_row(x > 0, GROUP).unflatten(-1, (-1, GROUP)) if self.sign else None
+        # A NaN is not at most 0 either.
+        positive = pad_row(~(x <= 0), GROUP).unflatten(-1, (-1, GROUP)) if self.sign else None
         top = groups.amax(-1, keepdim=True)
         if self.sign:
             low = torch.zeros_like(top)
@@ -78,7 +80,8 @@ class QuantizeGroups:
         dithered = (groups * 0.5 - low * 0.5) * inverse + _dither(groups, top)
         codes = dithered.floor().clamp(0, self._levels)
         if self.sign:
-            codes = torch.where(positive, codes + 1, 0)  # type: ignore[arg-type]
+            codes = torch.where(codes >= 0, codes + 1, 1)  # of an infinity it is NaN
+            codes = torch.where(positive, codes, 0)  # type: ignore[arg-type]
         packed = codes.to(torch.uint8)
         if self.bits == 4:
             halves = packed.unflatten(-1, (2, -1))
@@ -103,8 +106,8 @@ class QuantizeGroups:
         if self.sign:
             # The smallest positive value stays above 0, in the type it will have as well.
             tiny = max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny)
-            x = torch.where(codes > 0, ((values - 1) * scale).clamp_min(tiny), 0.0)
-            x = torch.where(scale.isfinite(), x, torch.nan)
+            x = torch.where(scale.isfinite(), ((values - 1) * scale).clamp_min(tiny), torch.nan)
+            x = torch.where(codes > 0, x, 0.0)
         else:
             low = parts[0].to(torch.float32).unsqueeze(-1)
             x = (low * 0.25 + values * (scale * 0.25)) * 4  # no overflow on the way
