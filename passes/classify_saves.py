@@ -10,7 +10,7 @@ from torch import fx
 
 from .cut_graphs import LAYOUT_OPS, bytes_of, downstream
 from .relation import shape_of
-from .smooth_uses import error_grows_after, grows_at
+from .smooth_uses import ErrorGrowth
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -38,14 +38,14 @@ POINTWISE, STATISTIC = "pointwise", "statistic"
 
 
 def uses_of(
-    saved: fx.Node, parameter_grads: Collection[fx.Node], known: dict[fx.Node, str | None]
+    saved: fx.Node, parameter_grads: Collection[fx.Node], growth: ErrorGrowth
 ) -> tuple[str, ...]:
     """Returns what a backward graph uses an input of it for.
 
     Args:
         saved: the input.
         parameter_grads: the nodes that are gradients of parameters and of nothing else.
-        known: what `error_grows_after` has found so far.
+        growth: where in the backward an error grows.
 
     Returns:
         ``mask`` and ``index`` by type. Else, each once: ``sign`` where it is only compared with a
@@ -65,7 +65,7 @@ def uses_of(
         return (INDEX,)
     uses = {use_of(value, user, parameter_grads) for value, user in readers(saved)}
     others = [(v, user) for v, user in readers(saved) if not is_comparison(user)]
-    grows = (grows_at(v, user) or error_grows_after(user, known) for v, user in others)
+    grows = (growth.between(value, user) for value, user in others)
     return tuple(sorted(uses | {name for name in grows if name is not None}))
 
 

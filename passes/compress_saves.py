@@ -30,7 +30,7 @@ from ..runtime.token_rows import TokenRows
 from .classify_saves import SIGN
 from .cut_graphs import Cut
 from .describe_saves import SMALLEST_BYTES, Save, describe_saves, keeps_sign, saved_row
-from .encode_saves import encode, keep_rows, split_signs
+from .encode_saves import encode, keep_comparison, keep_rows, split_signs
 from .merge_views import merge_views
 from .plan_saves import BY_FEATURE, QUANTISED
 from .recompute_saves import chain_of, recompute
@@ -207,6 +207,12 @@ class CompressSaves:
         if save.chosen is None:
             return save.row(AS_IS, save.bytes, save.reason, exact=True)
         name, after = save.chosen.name, save.bytes_with(save.chosen)
+        if not save.chosen.exact:
+            for pin in save.pins:
+                if pin.comparison._erased:  # another save has kept it
+                    after -= pin.bytes
+                else:
+                    keep_comparison(cut, pin.comparison, pin.operand, pin.layout)
         if SIGN in save.uses and not keeps_sign(save.chosen):
             split_signs(cut, save.node, save.given, save.layout)
             name += ", 1 bit"

@@ -37,6 +37,15 @@ class Cut:
     """Inputs of the forward that are parameters."""
     parameter_grads: Collection[int] = ()
     """Outputs of the backward that are gradients of parameters."""
+    twins: dict[fx.Node, fx.Node] = dataclasses.field(init=False)
+    """Nodes of the backward that compute again what a node of the forward does."""
+
+    def __post_init__(self) -> None:
+        # As torch cut them: both are copies of one node, with its name.
+        given = {n.name: n for n in self.forward.graph.nodes if n.op == "call_function"}
+        again = (n for n in self.backward.graph.nodes if n.op == "call_function")
+        named = ((node, given.get(node.name)) for node in again)
+        self.twins = {node: twin for node, twin in named if twin and twin.target is node.target}
 
     @property
     def outputs(self) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,16 +30,43 @@ from .classify_saves import (
 from .cut_graphs import Cut, bytes_of, root_of
 from .defer_dropout import deferred_rate
 from .encode_saves import contractions
-from .plan_saves import BY_FEATURE, SaveFacts, exact_codec, lossy_codecs
+from .plan_saves import BY_FEATURE, ROUNDING, SaveFacts, exact_codec, lossy_codecs
 from .relation import shape_of
 from .save_layout import RowLayout, row_layout
 from .sites import module_path, static_shape
-from .smooth_uses import may_hold_huge_values
+from .smooth_uses import ErrorGrowth, may_hold_huge_values
 
 aten = torch.ops.aten
 
 SMALLEST_BYTES = 256
 """Smaller tensors are saved as they are."""
+
+
+_BITS = (1024, 128)
+"""Rows of bits: they are packed in eight runs, that have to be whole vectors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """A comparison with a number, of what backward computes again."""
+
+    comparison: fx.Node
+    """In the backward."""
+    operand: fx.Node
+    """What it compares, in the forward."""
+    layout: RowLayout
+    """The rows of that."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its results, one bit for each."""
+        width: int = self.operand.meta["val"].element_size()
+        return (
+            bytes_of(self.operand)
+            // width
+            // self.layout.row
+            * PackBits().row_bytes(self.layout.row, torch.bool)
+        )
 
 
 @dataclasses.dataclass
@@ -66,6 +93,8 @@ class Save:
     """The encodings that lose something, by rising error."""
     chosen: Codec | TokenRows | None = None
     """The encoding that it gets."""
+    pins: list[Pin] = dataclasses.field(default_factory=list)
+    """Comparisons that depend on it, and have to be saved apart if it is encoded with a loss."""
 
     def bytes_with(self, codec: Codec | TokenRows | None) -> int:
         """Returns the bytes of an encoding, with the signs that it does not hold."""
@@ -77,6 +106,8 @@ class Save:
             total = codec.payload_bytes(row, dtype)
         else:
             total = bytes_of(self.node) // (row * dtype.itemsize) * codec.row_bytes(row, dtype)
+        if not codec.exact:
+            total += sum(pin.bytes for pin in self.pins)
         return total + (self.sign_bytes if SIGN in self.uses and not keeps_sign(codec) else 0)
 
     @property
@@ -108,12 +139,13 @@ def describe_saves(cut: Cut, options: Options) -> list[Save]:
     kept = cut.returned
     shared = Counter(root_of(node) for node, _ in cut.saves())
     grads, seen = _parameter_grads(cut), set()
-    known: dict[fx.Node, str | None] = {}
+    pins = _pins(cut) if options.saves in ROUNDING else {}
+    growth = ErrorGrowth(pins)
     saves = []
     for node, given in cut.saves():
         root = root_of(node)
         save = Save(
-            node, given, uses_of(given, grads, known), 0 if root in seen else bytes_of(root)
+            node, given, uses_of(given, grads, growth), 0 if root in seen else bytes_of(root)
         )
         seen.add(root)
         saves.append(save)
@@ -126,14 +158,14 @@ def describe_saves(cut: Cut, options: Options) -> list[Save]:
         elif save.bytes < SMALLEST_BYTES:
             save.reason = SaveReason.SMALL
         else:
+            save.pins = _pins_after(given, pins)
             _add_facts(save, options, cut.parameters)
     return saves
 
 
 def _add_facts(save: Save, options: Options, parameters: Collection[fx.Node]) -> None:
     value = save.node.meta["val"]
-    # Bits are packed in eight runs, that have to be whole vectors; features stay in a row.
-    shortest, multiple = (1024, 128) if set(save.uses) <= {MASK, SIGN} else (64, 64)
+    shortest, multiple = _BITS if set(save.uses) <= {MASK, SIGN} else (64, 64)
     deferred = deferred_rate(save.node)
     if options.saves in BY_FEATURE or deferred is not None:
         shortest, multiple = 1, 1  # these choose among the features of each token
@@ -178,6 +210,35 @@ def _add_facts(save: Save, options: Options, parameters: Collection[fx.Node]) ->
         save.ladder, save.reason = [], SaveReason.HUGE_VALUES
     elif save.ladder and _made_of(save.node, parameters):
         save.ladder, save.reason = [], SaveReason.PARAMETERS
+
+
+def _pins(cut: Cut) -> dict[fx.Node, Pin]:
+    """Returns the comparisons with a number of what backward computes again."""
+    pins = {}
+    direct = {comparison for _, given in cut.saves() for _, comparison in comparisons(given)}
+    for node in cut.backward.graph.nodes:
+        if is_comparison(node) and node not in direct:
+            compared = node.args[0]
+            while compared.target in (aten.alias.default, aten.detach.default):
+                compared = compared.args[0]
+            operand = cut.twins.get(compared)
+            layout = row_layout(operand.meta["val"], *_BITS) if operand else None
+            if operand and layout:
+                pins[node] = Pin(node, operand, layout)
+    return pins
+
+
+def _pins_after(given: fx.Node, pins: Mapping[fx.Node, Pin]) -> list[Pin]:
+    """Returns the comparisons that depend on an input of the backward through no other one."""
+    found, stack, seen = [], [given], {given}
+    while stack:
+        for user in stack.pop().users:
+            if user in pins and user not in seen:
+                found.append(pins[user])
+            elif user not in seen:
+                stack.append(user)
+            seen.add(user)
+    return found
 
 
 def _made_of(node: fx.Node, parameters: Collection[fx.Node]) -> bool:

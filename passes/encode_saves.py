@@ -62,6 +62,26 @@ def split_signs(cut: Cut, saved: fx.Node, given: fx.Node, layout: RowLayout) -> 
         graph.erase_node(user)
 
 
+def keep_comparison(cut: Cut, comparison: fx.Node, operand: fx.Node, layout: RowLayout) -> None:
+    """Saves one bit for every result of a comparison that backward would make again.
+
+    Args:
+        cut: the two graphs.
+        comparison: with a number, a node of the backward.
+        operand: what it compares, in the forward.
+        layout: the rows of the operand.
+    """
+    target: Any = comparison.target
+    number: Any = comparison.args[1]
+    pack, unpack = _bits_of(target, number, layout)
+    (bits,) = splice(cut.forward.graph, cut.forward.graph.output_node(), pack, [operand])
+    anchor, _ = cut.saves()[0]
+    (_, given_bits) = cut.replace(anchor, [anchor, bits])
+    (mask,) = splice(cut.backward.graph, comparison, unpack, [given_bits])
+    comparison.replace_all_uses_with(mask)
+    cut.backward.graph.erase_node(comparison)
+
+
 def _bits_of(
     compare: Callable[..., Tensor], number: float, layout: RowLayout
 ) -> tuple[Callable[..., Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:

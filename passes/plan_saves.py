@@ -22,6 +22,8 @@ from .classify_saves import ATTENTION, INDEX, MASK, POINTWISE, SIGN, SOFTMAX, WE
 
 BY_FEATURE: Final = ("nm", "topk", "rows", "sampled_rows")
 """Families that choose among the features of a token, or among tokens."""
+ROUNDING: Final = ("int8", "int4", "mixed")
+"""Families that round every activation."""
 _SENSITIVE: Final = {SOFTMAX}
 QUANTISED: Final = {WEIGHT_GRADIENT, ATTENTION, POINTWISE, SOFTMAX, SIGN}
 """Uses that bear an error everywhere; signs are kept apart."""
@@ -72,7 +74,7 @@ def lossy_codecs(facts: SaveFacts, options: Options) -> list[Codec | TokenRows]:
     weight_gradient = set(facts.uses) - {SIGN} == {WEIGHT_GRADIENT}
     sensitive = bool(_SENSITIVE & set(facts.uses))
     found: Sequence[Codec | TokenRows]
-    if options.saves in ("int8", "int4", "mixed"):
+    if options.saves in ROUNDING:
         found = _quantised(facts, options, weight_gradient, sensitive)
     elif not weight_gradient:
         found = []

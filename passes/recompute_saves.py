@@ -60,6 +60,7 @@ def recompute(cut: Cut, saved: fx.Node, chain: list[fx.Node]) -> None:
     with graph.inserting_before(first):
         for node in chain:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            cut.twins[copies[node]] = node
     old.replace_all_uses_with(copies[saved])
     cut.replace(saved, [])
 

@@ -8,7 +8,7 @@ equals), to a choice of indices, or to a divisor that may be near 0.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection
 
 import torch
 from torch import fx
@@ -37,16 +37,46 @@ _MOVES = (
 )
 
 
-def error_grows_after(node: fx.Node, known: dict[fx.Node, str | None]) -> str | None:
-    """Returns the name of an op, downstream of a node, that makes a large error of a small one.
+class ErrorGrowth:
+    """Where in a backward graph an error of a tensor grows.
 
     Args:
-        node: of the backward.
-        known: answers for other nodes, which is added to.
+        exact: comparisons whose results are saved apart, so that they see no error.
     """
-    for late in reversed(_unknown_from(node, known)):
-        known[late] = next(_found(late, known), None)
-    return known[node]
+
+    def __init__(self, exact: Collection[fx.Node]) -> None:
+        self._exact = exact
+        self._known: dict[fx.Node, str | None] = dict.fromkeys(exact)
+
+    def between(self, value: fx.Node, user: fx.Node) -> str | None:
+        """Returns the name of the op that makes a large error of one of ``value``.
+
+        It is ``user``, a reader of it, or an op further downstream; None where there is none.
+        """
+        if user in self._exact:
+            return None
+        return grows_at(value, user) or self._after(user)
+
+    def _after(self, node: fx.Node) -> str | None:
+        for late in reversed(self._unknown_from(node)):
+            found = (self.between(late, user) for user in late.users)
+            self._known[late] = next((name for name in found if name is not None), None)
+        return self._known[node]
+
+    def _unknown_from(self, node: fx.Node) -> list[fx.Node]:
+        """Returns what depends on a node and has no answer yet, every node before its users."""
+        order: list[fx.Node] = []
+        stack: list[tuple[fx.Node, bool]] = [(node, False)]
+        while stack:
+            at, done = stack.pop()
+            if done:
+                order.append(at)
+            elif at not in self._known:
+                self._known[at] = None
+                stack.append((at, True))
+                stack.extend((user, False) for user in at.users)
+        order.reverse()
+        return order
 
 
 def grows_at(value: fx.Node, user: fx.Node) -> str | None:
@@ -126,29 +156,6 @@ def _numbers_in(node: fx.Node) -> list[float]:
 def _name(target: torch._ops.OpOverload) -> str:
     name: str = target._schema.name
     return name.split("::")[-1].removesuffix("_")
-
-
-def _unknown_from(node: fx.Node, known: dict[fx.Node, str | None]) -> list[fx.Node]:
-    """Returns what depends on a node and has no answer yet, every node before its users."""
-    order: list[fx.Node] = []
-    stack: list[tuple[fx.Node, bool]] = [(node, False)]
-    while stack:
-        at, done = stack.pop()
-        if done:
-            order.append(at)
-        elif at not in known:
-            known[at] = None
-            stack.append((at, True))
-            stack.extend((user, False) for user in at.users)
-    order.reverse()
-    return order
-
-
-def _found(node: fx.Node, known: dict[fx.Node, str | None]) -> Iterator[str]:
-    for user in node.users:
-        name = grows_at(node, user) or known[user]
-        if name is not None:
-            yield name
 
 
 def _floating(node: fx.Node) -> bool:

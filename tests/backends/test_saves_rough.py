@@ -81,6 +81,24 @@ def test_no_gradient_is_far_off(function: str, saves: str) -> None:
         assert relative_error(got.grads[key], grad) < allowed, key
 
 
+def test_comparisons_of_what_is_computed_again_are_kept() -> None:
+    """Backward normalises a rounded tensor anew, and takes the signs of before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten()),
+        nn.Linear(16 * 64, 8),
+    )
+    x = torch.randn(16, 3, 16, 16).requires_grad_()
+    expected, _ = run(model, x, saves="off")
+    got, report = run(model, x, saves="int8")
+    before, after = check_bytes(report)
+    assert after < before / 2.5
+    for key, grad in expected.grads.items():
+        if not key.endswith("bias"):
+            assert relative_error(got.grads[key], grad) < 0.02, key
+
+
 def test_an_infinity_leaves_other_gradients() -> None:
     """What a ReLU has made 0 stays 0, whatever is in its group."""
     model, x = Between(torch.relu), torch.randn(48, 16)

@@ -27,6 +27,7 @@ from ardd.passes.cut_graphs import Cut, bytes_of, root_of
 from ardd.passes.merge_views import merge_views
 from ardd.passes.recompute_saves import chain_of, recompute
 from ardd.passes.save_layout import row_layout
+from ardd.passes.smooth_uses import ErrorGrowth
 
 from .tracing import trace
 
@@ -50,7 +51,7 @@ def uses(
     results: Any = gm.graph.output_node().args[0]
     results = results if isinstance(results, (tuple, list)) else (results,)
     first = gm.graph.find_nodes(op="placeholder")[0]
-    return uses_of(first, {results[i] for i in grads}, {})
+    return uses_of(first, {results[i] for i in grads}, ErrorGrowth(()))
 
 
 X, G, W = torch.randn(8, 16), torch.randn(8, 4), torch.randn(16, 16)
