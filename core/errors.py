@@ -90,23 +90,112 @@ class RedrawError(ArddError):
 
 
 class BudgetError(ArddError, ValueError):
-    """No plan of encodings and recomputation fits the memory budget.
+    """A graph does not fit its budget, whatever the options allow.
 
     Args:
-        budget: Bytes allowed.
-        smallest: Bytes of the smallest plan.
-        saves: The option ``saves``.
+        budget: What is allowed: bytes or FLOPs.
+        smallest: The least that can be reached, in the same unit.
+        message: What to do.
     """
 
-    def __init__(self, budget: int, smallest: int, saves: str) -> None:
-        super().__init__(budget, smallest, saves)
-        self.budget, self.smallest, self.saves = budget, smallest, saves
+    def __init__(self, budget: int, smallest: int, message: str) -> None:
+        super().__init__(budget, smallest, message)
+        self.budget, self.smallest, self.message = budget, smallest, message
 
     def __str__(self) -> str:
-        more = "" if self.saves == "mixed" else ' or set saves="mixed", which may change numbers'
-        return (
-            f"memory_budget allows {self.budget} bytes to be saved for backward, and the smallest"
-            f" plan with saves={self.saves!r} needs {self.smallest}. Raise the budget{more}."
+        return self.message
+
+    @classmethod
+    def of_saves(cls, budget: int, smallest: int, saves: str) -> BudgetError:
+        """Says that no plan of encodings and recomputation fits the memory budget, in bytes."""
+        more = "" if saves == "mixed" else ' or set saves="mixed", which may change numbers'
+        return cls(
+            budget,
+            smallest,
+            f"memory_budget allows {budget} bytes to be saved for backward, and the smallest"
+            f" plan with saves={saves!r} needs {smallest}. Raise the budget{more}.",
+        )
+
+    @classmethod
+    def of_flops(
+        cls, budget: int, smallest: int, dense: int, max_rate: float, structured: int
+    ) -> BudgetError:
+        """Says that no rates up to ``max_rate`` fit the budget of FLOPs of a graph.
+
+        Args:
+            budget: FLOPs allowed.
+            smallest: FLOPs at the highest rates.
+            dense: FLOPs without dropout.
+            max_rate: The option.
+            structured: How many dropouts are structured.
+        """
+        return cls(
+            budget,
+            smallest,
+            f"flops_budget allows {budget} FLOPs for the products of a graph that has {dense}"
+            f" without dropout; with max_rate={max_rate:g} its structured dropouts, {structured},"
+            f" reach {smallest} at best. Raise flops_budget or max_rate, or set pattern='block',"
+            " which structures every dropout that it can; ardd.explain without a budget says which"
+            " it cannot.",
+        )
+
+
+class RateError(ArddError, ValueError):
+    """`ardd.set_rate` was given something that it cannot set."""
+
+    @classmethod
+    def bad_rate(cls, p: object) -> RateError:
+        """Says that ``p`` is no drop rate."""
+        return cls(f"The rate is {p!r}. Expected a number from 0 to below 1.")
+
+    @classmethod
+    def bad_levels(cls, levels: object) -> RateError:
+        """Says that ``levels`` are no levels."""
+        return cls(
+            f"levels is {levels!r}. Expected None, an int of at least 2, or a sequence of rates"
+            " from 0 to below 1."
+        )
+
+    @classmethod
+    def too_many_levels(cls, levels: int, limit: int, spare: int) -> RateError:
+        """Says that torch would stop compiling before every level has a graph.
+
+        Args:
+            levels: How many rates were asked for.
+            limit: How often torch compiles one function.
+            spare: How many of those are left for other graphs than one for each rate.
+        """
+        return cls(
+            f"{levels} rates are {levels} graphs, and torch compiles one function at most"
+            f" {limit} times, {spare} of which are left for evaluation and another batch size;"
+            " with any further rate it would run uncompiled. Give at most"
+            f" {max(limit - spare, 0)} levels, or compile with"
+            f" torch.compile(..., recompile_limit={levels + spare}); where torch does not know"
+            " that argument, or the function that was compiled is not the model, call set_rate"
+            " and the function under"
+            f" torch._dynamo.config.patch(recompile_limit={levels + spare})."
+        )
+
+    @classmethod
+    def no_dropout(cls, modules: str) -> RateError:
+        """Says that there is no rate to set.
+
+        Args:
+            modules: What was asked for, in words.
+        """
+        return cls(
+            f"No dropout was found in {modules}. Expected a module of torch.nn that drops, or an"
+            " attribute with 'dropout' in its name that is a float."
+        )
+
+    @classmethod
+    def unknown_module(cls, name: str, known: Iterable[str]) -> RateError:
+        """Says that the model has no module ``name``, and which one was probably meant."""
+        nearest = difflib.get_close_matches(name, list(known), n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        return cls(
+            f"The model has no module {name!r}. Expected names as model.named_modules() gives"
+            f" them.{hint}"
         )
 
 

@@ -15,6 +15,7 @@ from .cost_model import find_cost_model
 from .defer_dropout import defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes
+from .meet_budget import allowed_flops, meet_budget
 from .plan_patterns import Verdict, plan_patterns
 from .price_plan import PlanPricer
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
@@ -31,6 +32,8 @@ class StructureResult(PassResult):
     """FLOPs of the products of the graph."""
     flops_after: int = 0
     """The same with the dropped features left out."""
+    flops_budget: int | None = None
+    """FLOPs that the options allow, None where they set no budget."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,9 @@ class StructureDropout:
 
         Args:
             graph: forward alone, or joint, with ``ardd::dropout_mask`` nodes.
+
+        Raises:
+            BudgetError: no rates that the options allow meet the budget of FLOPs.
         """
         masks = masks_in(graph)
         if not masks:
@@ -80,6 +86,7 @@ class StructureDropout:
             decisions=decisions,
             flops_before=pricer.flops(support.relations, {}),
             flops_after=pricer.flops(support.relations, chosen),
+            flops_budget=allowed_flops(support, pricer, self.options),
         )
         compact(graph, support, {m: _float(m.args[3]) for m in masks}, chosen)
         lower_random_masks(graph)
@@ -118,6 +125,7 @@ class StructureDropout:
         rates = {m: _float(m.args[2]) for m in masks if m not in refused}
         features = feature_axes(graph, support, self._parameter_nodes(graph)) if rates else set()
         planned = plan_patterns(support, rates, features, pricer, self.options)
+        planned = meet_budget(planned, support, pricer, self.options)
         fuel = self.options.max_rewrites
         verdicts: dict[fx.Node, Verdict] = {}
         for mask in masks:

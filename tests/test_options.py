@@ -51,8 +51,9 @@ def test_unknown_key_names_the_known_and_the_nearest() -> None:
     with pytest.raises(OptionsError) as caught:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
-        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_rewrites, "
-        "memory_budget, pattern, rate_tolerance, save_bits, save_density, saves, strict, target. "
+        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, flops_budget, "
+        "max_rate, max_rewrites, memory_budget, pattern, rate_tolerance, save_bits, save_density, "
+        "saves, strict, target. "
         "Did you mean 'pattern'?"
     )
 
