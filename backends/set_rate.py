@@ -16,10 +16,11 @@ from torch import nn
 
 from ..core.errors import RateError
 
-MOST_LEVELS: Final = 16
-"""Rates to choose from where torch's limit leaves room for more."""
-SPARE: Final = 2
-"""Graphs of a function besides one for each rate: evaluation, and another batch size."""
+GRAPHS_A_LEVEL: Final = 2
+"""One for training and one for evaluation, which is compiled for a rate although it drops nothing:
+``F.dropout`` looks at it before it looks at ``training``."""
+SPARE_GRAPHS: Final = 2
+"""The same for a batch of another size, once: from then on torch compiles for any size."""
 
 Selection = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -28,7 +29,7 @@ def set_rate(
     model: nn.Module,
     p: float,
     *,
-    levels: int | Sequence[float] | None = None,
+    levels: int | Sequence[float] = 16,
     modules: Selection | None = None,
 ) -> float:
     """Sets the rate of every dropout of a model to the level nearest to ``p``.
@@ -38,14 +39,13 @@ def set_rate(
     `nn.MultiheadAttention`. Dropouts that are off are set too.
 
     A level becomes a graph when it is first used, and torch keeps it. Where groups of dropouts
-    are set to rates of their own, every combination becomes one.
+    are set to rates of their own, every combination becomes one. With up to two graphs a level and
+    two for other batch sizes, 16 levels need ``torch.compile(..., recompile_limit=34)``.
 
     Args:
         model: compiled or not.
         p: the rate wanted, from 0 to below 1.
-        levels: the rates to choose from, or their number n for the multiples of 1/n below 1. None
-            stands for as many as torch's recompile limit leaves room for, at most 16: with its
-            default of 8 there are 6.
+        levels: the rates to choose from, or their number n for the multiples of 1/n below 1.
         modules: which modules, with those inside of them: a name or names as
             `nn.Module.named_modules` gives them, or a function that is given a name and a module.
             None stands for all.
@@ -72,18 +72,17 @@ def _is_rate(value: object) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < 1
 
 
-def _levels(given: int | Sequence[float] | None, limit: int) -> list[float]:
-    room = limit - SPARE
-    if given is None:
-        given = max(2, min(MOST_LEVELS, room))
+def _levels(given: int | Sequence[float], limit: int) -> list[float]:
     if type(given) is int and given >= 2:
         levels = [step / given for step in range(given)]
     elif isinstance(given, Sequence) and given and all(map(_is_rate, given)):
         levels = sorted({float(level) for level in given})
     else:
         raise RateError.bad_levels(given)
-    if len(levels) > room:
-        raise RateError.too_many_levels(len(levels), limit, SPARE)
+    needed = GRAPHS_A_LEVEL * len(levels) + SPARE_GRAPHS
+    if needed > limit:
+        most = (limit - SPARE_GRAPHS) // GRAPHS_A_LEVEL
+        raise RateError.too_many_levels(len(levels), needed, limit, most)
     return levels
 
 

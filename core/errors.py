@@ -152,28 +152,29 @@ class RateError(ArddError, ValueError):
     def bad_levels(cls, levels: object) -> RateError:
         """Says that ``levels`` are no levels."""
         return cls(
-            f"levels is {levels!r}. Expected None, an int of at least 2, or a sequence of rates"
-            " from 0 to below 1."
+            f"levels is {levels!r}. Expected an int of at least 2, or a sequence of rates from 0"
+            " to below 1."
         )
 
     @classmethod
-    def too_many_levels(cls, levels: int, limit: int, spare: int) -> RateError:
-        """Says that torch would stop compiling before every level has a graph.
+    def too_many_levels(cls, levels: int, needed: int, limit: int, most: int) -> RateError:
+        """Says that torch would stop compiling before every level has its graphs.
 
         Args:
-            levels: How many rates were asked for.
+            levels: How many rates there would be.
+            needed: How many graphs they may need.
             limit: How often torch compiles one function.
-            spare: How many of those are left for other graphs than one for each rate.
+            most: How many levels that is enough for.
         """
+        fewer = f"Or give at most {most} levels. " if most >= 2 else ""
         return cls(
-            f"{levels} rates are {levels} graphs, and torch compiles one function at most"
-            f" {limit} times, {spare} of which are left for evaluation and another batch size;"
-            " with any further rate it would run uncompiled. Give at most"
-            f" {max(limit - spare, 0)} levels, or compile with"
-            f" torch.compile(..., recompile_limit={levels + spare}); where torch does not know"
-            " that argument, or the function that was compiled is not the model, call set_rate"
-            " and the function under"
-            f" torch._dynamo.config.patch(recompile_limit={levels + spare})."
+            f"{levels} rates may need {needed} graphs: one each for training and for evaluation,"
+            f" and some for other batch sizes. Torch compiles one function {limit} times, and runs"
+            " it uncompiled from then on. Compile the model with"
+            f" torch.compile(model, ..., recompile_limit={needed}) and give the compiled model to"
+            f" set_rate. {fewer}Where torch has no such argument, or what is compiled is a function"
+            " around the model, run both under"
+            f" torch._dynamo.config.patch(recompile_limit={needed})."
         )
 
     @classmethod

@@ -104,7 +104,7 @@ def test_all_go_the_same_share_of_their_way() -> None:
     for budget in (0.7, 0.5, 0.35):
         first, second = rates(plan(flops_budget=budget, max_rate=0.75))
         shares = (first - 0.125) / 0.625, (second - 0.25) / 0.5
-        assert 0 < min(shares)
+        assert min(shares) > 0
         assert abs(shares[0] - shares[1]) <= 1 / 20 + 1e-9  # 20 blocks are the way of the first
 
 
