@@ -99,8 +99,9 @@ def _limit(model: nn.Module) -> int:
 
 def _compiled_by(module: nn.Module) -> Iterator[Any]:
     """Yields what compiles the module: of ``torch.compile(module)``, and ``module.compile()``."""
-    if hasattr(module, "dynamo_ctx"):
-        yield module.dynamo_ctx.callback
+    context: Any = getattr(module, "dynamo_ctx", None)
+    if context is not None:
+        yield context.callback
     cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
     contents = [cell.cell_contents for cell in cells]
     yield from (x for x in contents if hasattr(x, "_torchdynamo_orig_backend"))

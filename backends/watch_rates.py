@@ -36,12 +36,14 @@ def watch_rates(entry: GraphReport) -> None:
         graphs[compile_id.frame_compile_id] = entry
         entries = list(graphs.values())
     limit = torch._dynamo.config.recompile_limit  # of this compile: torch sets it for each
-    rates = _rates(entries, entry)
-    if not first or len(entries) != limit or rates < 2:
+    if not first or len(entries) != limit:
         return
-    names = [decision.module or decision.source for decision in entry.decisions]
+    sites, rates = _most_rates(entries)
+    if rates < 2:
+        return
+    names = sorted({module or source for _, module, source in sites})
     text = (
-        f"the function with the dropouts {', '.join(sorted(set(names)))} has {limit} graphs,"
+        f"the function with the dropouts {', '.join(names)} has {limit} graphs,"
         f" {rates} of which differ in the rates of its dropouts. Torch's recompile_limit is"
         f" {limit}: with any other rate or shape the function runs uncompiled. Set rates by"
         " ardd.set_rate, or raise the limit, as in torch.compile(..., recompile_limit=32)."
@@ -56,15 +58,21 @@ def forget_rates() -> None:
         _compiled.clear()
 
 
-def _rates(entries: list[GraphReport], entry: GraphReport) -> int:
-    """Returns how many of the graphs have the dropouts of ``entry``, at different rates."""
-    sites = _sites(entry)
-    rates = (tuple(repr(d.p) for d in e.decisions) for e in entries if _sites(e) == sites)
-    return len(set(rates)) if sites else 0
+Sites = tuple[tuple[str, str, str], ...]
 
 
-def _sites(entry: GraphReport) -> list[tuple[str, str, str]]:
-    return [(d.kind, d.module, d.source) for d in entry.decisions]
+def _most_rates(entries: list[GraphReport]) -> tuple[Sites, int]:
+    """Returns the dropouts that the most graphs have at different rates, and how many.
+
+    Not those of the last graph: it may be one for evaluation, which has none.
+    """
+    rates: dict[Sites, set[str]] = {}
+    for entry in entries:
+        sites = tuple((d.kind, d.module, d.source) for d in entry.decisions)
+        if sites:
+            rates.setdefault(sites, set()).add(repr([d.p for d in entry.decisions]))
+    counts = [(sites, len(found)) for sites, found in rates.items()]
+    return max(counts, key=lambda pair: pair[1], default=((), 0))
 
 
 def _region() -> int:

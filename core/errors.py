@@ -95,15 +95,16 @@ class BudgetError(ArddError, ValueError):
     Args:
         budget: What is allowed: bytes or FLOPs.
         smallest: The least that can be reached, in the same unit.
-        message: What to do.
+        text: What is wrong and what to do.
+        saves: The option ``saves`` where the budget is one of memory.
     """
 
-    def __init__(self, budget: int, smallest: int, message: str) -> None:
-        super().__init__(budget, smallest, message)
-        self.budget, self.smallest, self.message = budget, smallest, message
+    def __init__(self, budget: int, smallest: int, text: str, saves: str | None = None) -> None:
+        super().__init__(budget, smallest, text, saves)
+        self.budget, self.smallest, self.text, self.saves = budget, smallest, text, saves
 
     def __str__(self) -> str:
-        return self.message
+        return self.text
 
     @classmethod
     def of_saves(cls, budget: int, smallest: int, saves: str) -> BudgetError:
@@ -114,6 +115,7 @@ class BudgetError(ArddError, ValueError):
             smallest,
             f"memory_budget allows {budget} bytes to be saved for backward, and the smallest"
             f" plan with saves={saves!r} needs {smallest}. Raise the budget{more}.",
+            saves,
         )
 
     @classmethod

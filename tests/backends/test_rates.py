@@ -33,7 +33,7 @@ def fresh_counters() -> None:
 
 
 def compiled(model: nn.Module, **kwargs: Any) -> Callable[..., Tensor]:
-    return torch.compile(model, backend="ardd", options=EAGER, **kwargs)  # type: ignore[return-value]
+    return torch.compile(model, backend="ardd", options=EAGER, **kwargs)
 
 
 def draws(fn: Callable[..., Tensor], x: Tensor) -> int:
@@ -152,6 +152,22 @@ def test_without_it_torch_stops_compiling_and_ardd_says_so() -> None:
     (note,) = ardd.report().notes
     assert "recompile_limit is 8" in note
     assert f"note: {note[:60]}" in str(ardd.report())
+
+
+def test_the_last_graph_may_be_one_for_evaluation() -> None:
+    """It drops nothing, and was compiled for a rate all the same."""
+    model = Net()
+    fn = compiled(model)
+    x = torch.randn(4, 16)
+    for number in range(1, 1 + LIMIT // 2):
+        model.drop.p = number / 10
+        model.train()
+        assert draws(fn, x) == 2
+        model.eval()
+        if number < LIMIT // 2:
+            fn(x)
+    with pytest.warns(RuntimeWarning, match="has 8 graphs, 4 of which differ in the rates"):
+        fn(x)
 
 
 def test_shapes_that_change_are_no_rates() -> None:
@@ -318,7 +334,9 @@ def test_modules_are_chosen_by_name_or_by_a_function(
 
 def test_compiled_parts_have_the_names_of_the_originals() -> None:
     """Blocks that are compiled one by one hold their modules below ``_orig_mod``."""
-    model = nn.Sequential(Net(), torch.compile(Net(), backend="ardd"))  # type: ignore[arg-type]
+    part = torch.compile(Net(), backend="ardd")
+    assert isinstance(part, nn.Module)
+    model = nn.Sequential(Net(), part)
     ardd.set_rate(model, 0, levels=2, modules="1.drop")
     assert [drop.p for drop in model.modules() if isinstance(drop, nn.Dropout)] == [
         0.5,
@@ -397,8 +415,9 @@ def test_the_limit_of_all_graphs_counts_too() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     """With the value, what was expected, and nothing set."""
     model = Net()
+    given: dict[str, Any] = {"model": model, "p": 0.3, "levels": 2} | arguments
     with pytest.raises(ardd.RateError, match=message) as caught:
-        ardd.set_rate(**{"model": model, "p": 0.3, "levels": 2} | arguments)
+        ardd.set_rate(**given)
     assert isinstance(caught.value, ValueError)
     assert rates(model) == {0.5}
 

@@ -230,7 +230,8 @@ def test_exact_at_raised_rates(name: str) -> None:
     assert raised
     assert all((d.p_used or 0) > d.p and "raised from" in d.detail for d in raised)
     (graph,) = ardd.report().graphs
-    assert graph.flops_after <= budget == graph.flops_budget < free.flops_after
+    assert graph.flops_budget == budget
+    assert graph.flops_after <= budget < free.flops_after
 
 
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
@@ -241,7 +242,7 @@ def test_random_programs_meet_their_budget_or_say_so(
     """And those that meet it are exact."""
     module, x = case
     torch._dynamo.reset()
-    options = {"flops_budget": budget, "max_rate": 0.75}
+    options: dict[str, Any] = {"flops_budget": budget, "max_rate": 0.75}
     try:
         check_exact(module, [x.detach().requires_grad_(x.requires_grad)], options=options)
     except ardd.BudgetError as error:
@@ -255,7 +256,12 @@ def test_random_programs_meet_their_budget_or_say_so(
 @pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_an_impossible_budget_is_an_error(target: str, strict: bool) -> None:
     """Of its own type, not wrapped in one of torch: nothing runs above the budget."""
-    options = {"pattern": "block", "flops_budget": 1, "target": target, "strict": strict}
+    options: dict[str, Any] = {
+        "pattern": "block",
+        "flops_budget": 1,
+        "target": target,
+        "strict": strict,
+    }
     with pytest.raises(ardd.BudgetError, match="flops_budget allows 1 FLOPs") as caught:
         torch.compile(mlp(), backend="ardd", options=options)(torch.randn(6, 16))
     assert type(caught.value).__name__ == "BudgetError"
@@ -266,7 +272,7 @@ def test_an_impossible_budget_is_an_error(target: str, strict: bool) -> None:
 
 def test_evaluation_has_no_budget() -> None:
     model = mlp().eval()
-    options = {"flops_budget": 1, "target": "eager"}
+    options: dict[str, Any] = {"flops_budget": 1, "target": "eager"}
     with torch.no_grad():
         x = torch.randn(6, 16)
         torch.testing.assert_close(
@@ -278,7 +284,12 @@ def test_evaluation_has_no_budget() -> None:
 def test_masks_without_a_backward_have_one() -> None:
     """Monte-Carlo dropout: the products of the forward alone count."""
     model = mlp()
-    options = {"pattern": "block", "block_size": 1, "flops_budget": 0.7, "target": "eager"}
+    options: dict[str, Any] = {
+        "pattern": "block",
+        "block_size": 1,
+        "flops_budget": 0.7,
+        "target": "eager",
+    }
     with torch.no_grad():
         torch.compile(model, backend="ardd", options=options)(torch.randn(6, 16))
     (graph,) = ardd.report().graphs
@@ -288,7 +299,7 @@ def test_masks_without_a_backward_have_one() -> None:
 
 
 def test_the_report_shows_the_budget() -> None:
-    options = {"pattern": "block", "flops_budget": 0.6}
+    options: dict[str, Any] = {"pattern": "block", "flops_budget": 0.6}
     report = ardd.explain(mlp(), torch.randn(6, 16), options=options)
     (graph,) = report.graphs
     assert report.flops_budget == graph.flops_budget == int(0.6 * graph.flops_before)
@@ -300,7 +311,7 @@ def test_the_report_shows_the_budget() -> None:
 
 def test_the_same_plan_every_time() -> None:
     """On every rank of a distributed run, and in every process, for the caches."""
-    options = {"pattern": "block", "flops_budget": 0.6}
+    options: dict[str, Any] = {"pattern": "block", "flops_budget": 0.6}
     decisions: list[tuple[Decision, ...]] = [
         ardd.explain(mlp(), torch.randn(6, 16), options=options).decisions for _ in range(2)
     ]
