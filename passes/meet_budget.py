@@ -76,10 +76,8 @@ def _steps(asked: Mapping[KeptAxis, Choice], max_rate: float) -> list[Choice]:
     steps: list[tuple[Fraction, KeptAxis, Choice]] = []
     for axis, choice in asked.items():
         least = max(1, math.ceil(choice.n_blocks * (1 - max_rate) - _ROUNDING))
-        if least >= choice.n_kept:
-            continue  # there already: rates are never lowered
         way = choice.n_kept - least
-        for n_kept in range(choice.n_kept - 1, least - 1, -1):
+        for n_kept in range(choice.n_kept - 1, least - 1, -1):  # none where it is there already
             share = Fraction(choice.n_kept - n_kept, way)
             steps.append((share, axis, dataclasses.replace(choice, n_kept=n_kept)))
     steps.sort(key=lambda step: step[:2])
