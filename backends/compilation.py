@@ -74,6 +74,7 @@ class Compilation:
         """Structures the dropouts of an ATen graph, in place.
 
         Raises:
+            BudgetError: no rates that the options allow meet the budget of FLOPs.
             PassError: it could not be done, and the graph may be half rewritten.
         """
         self.before += _code(graph)
@@ -82,6 +83,8 @@ class Compilation:
             result = structure.apply(graph)
             if result.modified:
                 ShareSaves().apply(graph)
+        except BudgetError:
+            raise
         except Exception as cause:
             # Out through torch, so that no half of this can end up in its caches.
             raise PassError(structure.name, cause) from cause
@@ -155,6 +158,7 @@ class Compilation:
             decisions=self._every_decision(),
             flops_before=result.flops_before if result else 0,
             flops_after=result.flops_after if result else 0,
+            flops_budget=result.flops_budget if result else None,
             saved_bytes_before=stock._saved_bytes if stock else self._stock_bytes(),
             saved_bytes_after=run._saved_bytes,
             before=self.before or run.before,

@@ -30,6 +30,7 @@ from ..passes.mark_dropout import MarkDropout
 from .compilation import Compilation
 from .find_suspects import find_suspects
 from .no_redraw import no_redraw
+from .watch_rates import forget_rates, watch_rates
 
 logger: Final = logging.getLogger("ardd")
 
@@ -58,7 +59,7 @@ def compile_graph(
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
         CostModelError: the cost model is unknown, or cannot be made.
-        BudgetError: no plan of the saves fits the memory budget.
+        BudgetError: a graph does not fit the budget of memory or FLOPs.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
@@ -73,12 +74,14 @@ def compile_graph(
     report.record(entry)
     if entry.decisions:
         logger.info("%s", report.summary_line(entry))
+    watch_rates(entry)
     return compiled
 
 
 def _reset() -> None:
     """Forgets the report; `torch._dynamo.reset` calls it."""
     report.clear()
+    forget_rates()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None and torch.cuda.is_available():
         trees.reset_cudagraph_trees()  # as the wrapper of stock Inductor does
@@ -110,7 +113,7 @@ def compile_marked(
     """Marks the dropouts and hands the graph to the target; the original program on any failure.
 
     Raises:
-        BudgetError: no plan of the saves fits the memory budget.
+        BudgetError: a graph does not fit the budget of memory or FLOPs.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """

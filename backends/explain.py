@@ -48,7 +48,7 @@ def explain(
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
         CostModelError: the cost model is unknown, or cannot be made.
-        BudgetError: no plan of the saves fits the memory budget.
+        BudgetError: a graph does not fit the budget of memory or FLOPs.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """

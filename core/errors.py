@@ -90,23 +90,115 @@ class RedrawError(ArddError):
 
 
 class BudgetError(ArddError, ValueError):
-    """No plan of encodings and recomputation fits the memory budget.
+    """A graph does not fit its budget, whatever the options allow.
 
     Args:
-        budget: Bytes allowed.
-        smallest: Bytes of the smallest plan.
-        saves: The option ``saves``.
+        budget: What is allowed: bytes or FLOPs.
+        smallest: The least that can be reached, in the same unit.
+        text: What is wrong and what to do.
+        saves: The option ``saves`` where the budget is one of memory.
     """
 
-    def __init__(self, budget: int, smallest: int, saves: str) -> None:
-        super().__init__(budget, smallest, saves)
-        self.budget, self.smallest, self.saves = budget, smallest, saves
+    def __init__(self, budget: int, smallest: int, text: str, saves: str | None = None) -> None:
+        super().__init__(budget, smallest, text, saves)
+        self.budget, self.smallest, self.text, self.saves = budget, smallest, text, saves
 
     def __str__(self) -> str:
-        more = "" if self.saves == "mixed" else ' or set saves="mixed", which may change numbers'
-        return (
-            f"memory_budget allows {self.budget} bytes to be saved for backward, and the smallest"
-            f" plan with saves={self.saves!r} needs {self.smallest}. Raise the budget{more}."
+        return self.text
+
+    @classmethod
+    def of_saves(cls, budget: int, smallest: int, saves: str) -> BudgetError:
+        """Says that no plan of encodings and recomputation fits the memory budget, in bytes."""
+        more = "" if saves == "mixed" else ' or set saves="mixed", which may change numbers'
+        return cls(
+            budget,
+            smallest,
+            f"memory_budget allows {budget} bytes to be saved for backward, and the smallest"
+            f" plan with saves={saves!r} needs {smallest}. Raise the budget{more}.",
+            saves,
+        )
+
+    @classmethod
+    def of_flops(
+        cls, budget: int, smallest: int, dense: int, max_rate: float, structured: int
+    ) -> BudgetError:
+        """Says that no rates up to ``max_rate`` fit the budget of FLOPs of a graph.
+
+        Args:
+            budget: FLOPs allowed.
+            smallest: FLOPs at the highest rates.
+            dense: FLOPs without dropout.
+            max_rate: The option.
+            structured: How many dropouts are structured.
+        """
+        return cls(
+            budget,
+            smallest,
+            f"flops_budget allows {budget} FLOPs for the products of a graph that has {dense}"
+            f" without dropout; with max_rate={max_rate:g} its structured dropouts, {structured},"
+            f" reach {smallest} at best. Raise flops_budget or max_rate, or set pattern='block',"
+            " which structures every dropout that it can; ardd.explain without a budget says which"
+            " it cannot.",
+        )
+
+
+class RateError(ArddError, ValueError):
+    """`ardd.set_rate` was given something that it cannot set."""
+
+    @classmethod
+    def bad_rate(cls, p: object) -> RateError:
+        """Says that ``p`` is no drop rate."""
+        return cls(f"The rate is {p!r}. Expected a number from 0 to below 1.")
+
+    @classmethod
+    def bad_levels(cls, levels: object) -> RateError:
+        """Says that ``levels`` are no levels."""
+        return cls(
+            f"levels is {levels!r}. Expected an int of at least 2, or a sequence of rates from 0"
+            " to below 1."
+        )
+
+    @classmethod
+    def too_many_levels(cls, levels: int, needed: int, limit: int, most: int) -> RateError:
+        """Says that torch would stop compiling before every level has its graphs.
+
+        Args:
+            levels: How many rates there would be.
+            needed: How many graphs they may need.
+            limit: How often torch compiles one function.
+            most: How many levels that is enough for.
+        """
+        fewer = f"Or give at most {most} levels. " if most >= 2 else ""
+        return cls(
+            f"{levels} rates may need {needed} graphs: one each for training and for evaluation,"
+            f" and some for other batch sizes. Torch compiles one function {limit} times, and runs"
+            " it uncompiled from then on. Compile the model with"
+            f" torch.compile(model, ..., recompile_limit={needed}) and give the compiled model to"
+            f" set_rate. {fewer}Where torch has no such argument, or what is compiled is a function"
+            " around the model, run both under"
+            f" torch._dynamo.config.patch(recompile_limit={needed})."
+        )
+
+    @classmethod
+    def no_dropout(cls, modules: str) -> RateError:
+        """Says that there is no rate to set.
+
+        Args:
+            modules: What was asked for, in words.
+        """
+        return cls(
+            f"No dropout was found in {modules}. Expected a module of torch.nn that drops, or an"
+            " attribute with 'dropout' in its name that is a float."
+        )
+
+    @classmethod
+    def unknown_module(cls, name: str, known: Iterable[str]) -> RateError:
+        """Says that the model has no module ``name``, and which one was probably meant."""
+        nearest = difflib.get_close_matches(name, list(known), n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        return cls(
+            f"The model has no module {name!r}. Expected names as model.named_modules() gives"
+            f" them.{hint}"
         )
 
 

@@ -60,6 +60,15 @@ class Options:
     Of encodings and recomputation that ``saves`` allows, the cheapest that fit are taken:
     ``"exact"`` computes again, ``"mixed"`` does both.
     """
+    flops_budget: float | int | None = None
+    """What the products of a graph may cost, forward and backward: a fraction of their FLOPs
+    without dropout, or a number of FLOPs.
+
+    Structured dropouts are raised together above the rates asked for, each at most to
+    ``max_rate``, until the budget is met. A budget that is met already changes nothing.
+    """
+    max_rate: float = 0.5
+    """The highest rate to which ``flops_budget`` may raise a dropout; no other rate is changed."""
     target: Literal["auto", "inductor", "eager"] = "auto"
     """What runs the rewritten graphs; ``"eager"`` runs them op by op, to debug."""
     strict: bool = False
@@ -76,10 +85,15 @@ class Options:
                 raise OptionsError.bad_value(key, given, allowed)
         # 0 and 0.0 are equal but print differently, and the text is part of cache keys.
         object.__setattr__(self, "rate_tolerance", float(self.rate_tolerance))
+        object.__setattr__(self, "max_rate", float(self.max_rate))
         if self.save_density is not None:
             object.__setattr__(self, "save_density", float(self.save_density))
         if self.saves == "off" and self.pattern == "deferred":
             raise OptionsError.bad_value("saves", "off", "any other with pattern='deferred'")
+        if self.flops_budget is not None and self.pattern in ("random", "deferred"):
+            raise OptionsError.bad_value(
+                "flops_budget", self.flops_budget, f"None with pattern={self.pattern!r}"
+            )
         if self.saves == "off" and self.memory_budget is not None:
             raise OptionsError.bad_value(
                 "memory_budget", self.memory_budget, "None with saves='off'"
@@ -121,6 +135,10 @@ def _is_density(value: object) -> bool:
     return value is None or (type(value) in (int, float) and 0 < cast("float", value) <= 1)
 
 
+def _is_bound(value: object) -> bool:
+    return type(value) in (int, float) and 0 < cast("float", value) < 1
+
+
 def _is_budget(value: object) -> bool:
     if value is None or _is_int(value, 0):
         return True
@@ -139,6 +157,11 @@ _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
         "None, a fraction above 0 and at most 1.0, or an int of bytes of at least 0",
         _is_budget,
     ),
+    "flops_budget": (
+        "None, a fraction above 0 and at most 1.0, or an int of FLOPs of at least 0",
+        _is_budget,
+    ),
+    "max_rate": ("a number above 0 and below 1", _is_bound),
     "target": _choice("auto", "inductor", "eager"),
     "strict": ("True or False", lambda v: isinstance(v, bool)),
     "max_rewrites": ("None or an int of at least 0", lambda v: v is None or _is_int(v, 0)),

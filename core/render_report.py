@@ -90,7 +90,8 @@ def totals(report: Report) -> str:
     if report.flops_before or report.flops_after:
         flops = _arrow(_si(report.flops_before), _si(report.flops_after))
         percent = relative_change(report.flops_before, report.flops_after)
-        parts.append(f"product FLOPs {flops}" + (f" ({percent})" if percent else ""))
+        allowed = "" if report.flops_budget is None else f", budget {_si(report.flops_budget)}"
+        parts.append(f"product FLOPs {flops}" + (f" ({percent})" if percent else "") + allowed)
     if not all(graph.inference for graph in report.graphs):
         saved = _arrow(size(report.saved_bytes_before), size(report.saved_bytes_after))
         parts.append(f"saved for backward {saved}")

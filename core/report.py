@@ -45,6 +45,8 @@ class GraphReport:
     """Traceback of the pass that failed; the original program runs then."""
     saves: tuple[SavedTensor, ...] = ()
     """One for every tensor that the forward saves, as torch cut the rewritten graph."""
+    flops_budget: int | None = None
+    """FLOPs that the options allow for the products, None where there is no budget."""
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain JSON values that `from_dict` reads back."""
@@ -92,6 +94,13 @@ class Report:
     def flops_after(self) -> int:
         """FLOPs of all products as rewritten."""
         return sum(graph.flops_after for graph in self.graphs)
+
+    @property
+    def flops_budget(self) -> int | None:
+        """FLOPs that the options allow for all products, None where a graph has no budget."""
+        budgets = [graph.flops_budget for graph in self.graphs if graph.flops_before]
+        known = [budget for budget in budgets if budget is not None]
+        return sum(known) if known and len(known) == len(budgets) else None
 
     @property
     def saved_bytes_before(self) -> int | None:
@@ -157,6 +166,7 @@ def summary_line(graph: GraphReport) -> str:
 
 _lock = threading.Lock()
 _recorded: list[GraphReport] = []
+_notes: list[str] = []
 
 
 def record(graph: GraphReport) -> None:
@@ -165,16 +175,23 @@ def record(graph: GraphReport) -> None:
         _recorded.append(graph)
 
 
+def note(text: str) -> None:
+    """Adds what no graph can tell to the record of this process. Any thread may."""
+    with _lock:
+        _notes.append(text)
+
+
 def current() -> Report:
     """Returns what was recorded so far."""
     with _lock:
-        return Report(graphs=tuple(_recorded))
+        return Report(graphs=tuple(_recorded), notes=tuple(_notes))
 
 
 def clear() -> None:
     """Forgets what was recorded."""
     with _lock:
         _recorded.clear()
+        _notes.clear()
 
 
 def _total_saved(graphs: Iterable[tuple[int | None, bool]]) -> int | None:

@@ -14,7 +14,7 @@ from .saves import SavedTensor, SaveReason
 if TYPE_CHECKING:
     from .report import GraphReport, Report
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 """Version of the JSON form. Files of another version are refused, not guessed at."""
 
 
@@ -29,6 +29,7 @@ def report_to_json(report: Report) -> dict[str, object]:
             "structured": sum(decision.taken for decision in report.decisions),
             "flops_before": report.flops_before,
             "flops_after": report.flops_after,
+            "flops_budget": report.flops_budget,
             "saved_bytes_before": report.saved_bytes_before,
             "saved_bytes_after": report.saved_bytes_after,
         },
@@ -96,6 +97,7 @@ _GRAPH_FIELDS: Final[Mapping[str, _Field]] = {
     "saves": _Field(lambda value: isinstance(value, list), "a list"),
     "flops_before": _COUNT,
     "flops_after": _COUNT,
+    "flops_budget": _MAYBE_COUNT,
     "saved_bytes_before": _MAYBE_COUNT,
     "saved_bytes_after": _MAYBE_COUNT,
     "before": _TEXT,

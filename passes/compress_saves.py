@@ -185,7 +185,7 @@ class CompressSaves:
             save.chosen = codec
             total -= fewer
         if total > budget:
-            raise BudgetError(budget, total, self.options.saves)
+            raise BudgetError.of_saves(budget, total, self.options.saves)
 
     def _without_budget(self, save: Save) -> Codec | TokenRows | None:
         if self.options.saves != "mixed":

@@ -15,6 +15,7 @@ from .cost_model import find_cost_model
 from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
+from .meet_budget import allowed_flops, meet_budget
 from .plan_patterns import Verdict, plan_patterns
 from .price_plan import PlanPricer
 from .program_inputs import grads_of, inputs_in
@@ -32,6 +33,8 @@ class StructureResult(PassResult):
     """FLOPs of the products of the graph."""
     flops_after: int = 0
     """The same with the dropped features left out."""
+    flops_budget: int | None = None
+    """FLOPs that the options allow, None where they set no budget."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,9 @@ class StructureDropout:
 
         Args:
             graph: forward alone, or joint, with ``ardd::dropout_mask`` nodes.
+
+        Raises:
+            BudgetError: no rates that the options allow meet the budget of FLOPs.
         """
         masks = masks_in(graph)
         if not masks:
@@ -81,6 +87,7 @@ class StructureDropout:
             decisions=decisions,
             flops_before=pricer.flops(support.relations, {}),
             flops_after=pricer.flops(support.relations, chosen),
+            flops_budget=allowed_flops(support, pricer, self.options),
         )
         compact(graph, support, {m: _float(m.args[3]) for m in masks}, chosen)
         lower_random_masks(graph)
@@ -128,6 +135,7 @@ class StructureDropout:
             feature_axes(graph, support, set(inputs_in(graph, self.parameters))) if rates else set()
         )
         planned = plan_patterns(support, rates, features, pricer, self.options)
+        planned = meet_budget(planned, support, pricer, self.options)
         fuel = self.options.max_rewrites
         verdicts: dict[fx.Node, Verdict] = {}
         for mask in masks:

@@ -35,6 +35,7 @@ PUBLIC = {
     "OptionsError",
     "PassError",
     "PayloadError",
+    "RateError",
     "Reason",
     "RedrawError",
     "Report",
@@ -45,6 +46,7 @@ PUBLIC = {
     "record_masks",
     "register_cost_model",
     "report",
+    "set_rate",
 }
 
 needs_checkout = pytest.mark.skipif(

@@ -7,9 +7,18 @@ import dataclasses
 
 import pytest
 
-from ardd.core.errors import ArddError, CostModelError, OptionsError, PassError, RedrawError
+from ardd.core.errors import (
+    ArddError,
+    BudgetError,
+    CostModelError,
+    OptionsError,
+    PassError,
+    RateError,
+    RedrawError,
+)
 from ardd.core.options import Options
 
+FLOPS = "None, a fraction above 0 and at most 1.0, or an int of FLOPs of at least 0"
 WRONG: list[tuple[str, object, str]] = [
     ("pattern", "blok", "'auto', 'block', 'random' or 'deferred'"),
     ("pattern", None, "'auto', 'block', 'random' or 'deferred'"),
@@ -21,6 +30,14 @@ WRONG: list[tuple[str, object, str]] = [
     ("rate_tolerance", 1.5, "a number from 0 to 1"),
     ("rate_tolerance", float("nan"), "a number from 0 to 1"),
     ("rate_tolerance", False, "a number from 0 to 1"),
+    ("flops_budget", 0.0, FLOPS),
+    ("flops_budget", 1.5, FLOPS),
+    ("flops_budget", -1, FLOPS),
+    ("flops_budget", True, FLOPS),
+    ("max_rate", 0, "a number above 0 and below 1"),
+    ("max_rate", 1.0, "a number above 0 and below 1"),
+    ("max_rate", float("nan"), "a number above 0 and below 1"),
+    ("max_rate", None, "a number above 0 and below 1"),
     ("target", "xla", "'auto', 'inductor' or 'eager'"),
     ("strict", 1, "True or False"),
     ("max_rewrites", -1, "None or an int of at least 0"),
@@ -47,12 +64,22 @@ def test_replacing_a_field_is_checked_too() -> None:
         dataclasses.replace(Options(), max_rewrites=-2)
 
 
+@pytest.mark.parametrize("pattern", ["random", "deferred"])
+def test_a_budget_needs_a_pattern_whose_rates_can_be_raised(pattern: str) -> None:
+    with pytest.raises(OptionsError) as caught:
+        Options.from_mapping({"pattern": pattern, "flops_budget": 0.5})
+    assert str(caught.value) == (
+        f"Option 'flops_budget' is 0.5. Allowed: None with pattern={pattern!r}."
+    )
+
+
 def test_unknown_key_names_the_known_and_the_nearest() -> None:
     with pytest.raises(OptionsError) as caught:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
-        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_rewrites, "
-        "memory_budget, pattern, rate_tolerance, save_bits, save_density, saves, strict, target. "
+        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, flops_budget, "
+        "max_rate, max_rewrites, memory_budget, pattern, rate_tolerance, save_bits, save_density, "
+        "saves, strict, target. "
         "Did you mean 'pattern'?"
     )
 
@@ -74,6 +101,8 @@ def test_options_that_are_no_mapping() -> None:
         {"pattern": "block", "block_size": 8},
         {"rate_tolerance": 0, "target": "eager", "strict": True},
         {"rate_tolerance": 1.0, "max_rewrites": 0, "cost_model": "mine"},
+        {"flops_budget": 10**12, "max_rate": 0.75},
+        {"pattern": "block", "flops_budget": 1.0},
     ],
 )
 def test_from_mapping_sets_what_is_given_and_defaults_the_rest(given: dict[str, object]) -> None:
@@ -103,6 +132,9 @@ ERRORS: list[ArddError] = [
     CostModelError.name_taken("roofline"),
     PassError("compact", ZeroDivisionError("division by zero")),
     RedrawError("%rand = aten.rand([4])"),
+    BudgetError.of_saves(100, 200, "nm"),
+    BudgetError.of_flops(100, 200, 300, 0.5, 2),
+    RateError.bad_rate(2),
 ]
 
 

@@ -384,7 +384,7 @@ def test_json_covers_every_field() -> None:
 
 def test_report_to_dict_is_json() -> None:
     data = json.loads(json.dumps(Report((graph(), graph(inference=True)), ("n",)).to_dict()))
-    assert data["schema"] == 2
+    assert data["schema"] == 3
     assert data["notes"] == ["n"]
     assert [entry["inference"] for entry in data["graphs"]] == [False, True]
     assert data["graphs"][0]["decisions"][1]["reason"] == "NOT_WORTH_IT"
@@ -394,6 +394,7 @@ def test_report_to_dict_is_json() -> None:
         "structured": 2,
         "flops_before": 32_000_000_000,
         "flops_after": 22_080_000_000,
+        "flops_budget": None,
         "saved_bytes_before": 824 * MIB,
         "saved_bytes_after": 466 * MIB,
     }
@@ -409,8 +410,8 @@ def edit_decision(data: Any, **changes: Any) -> Any:
         (lambda d: [], r"expected an object, not \[\]"),
         (lambda d: None, "expected an object, not None"),
         (lambda d: "x" * 10_000, "expected an object, not 'xxx"),
-        (lambda d: {}, "schema version is None, expected 2"),
-        (lambda d: d | {"schema": 1}, "schema version is 1, expected 2"),
+        (lambda d: {}, "schema version is None, expected 3"),
+        (lambda d: d | {"schema": 1}, "schema version is 1, expected 3"),
         (lambda d: d | {"schema": True}, "schema version is True"),
         (lambda d: d | {"code": ""}, "unknown graph field 'code'. Known fields: decisions, "),
         (lambda d: {k: v for k, v in d.items() if k != "after"}, "graph field 'after' is missing"),

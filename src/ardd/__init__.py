@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .backends.set_rate import set_rate
 from .core.decisions import Decision, Reason
 from .core.errors import (
     ArddError,
@@ -13,6 +14,7 @@ from .core.errors import (
     OptionsError,
     PassError,
     PayloadError,
+    RateError,
     RedrawError,
 )
 from .core.options import Options
@@ -39,6 +41,7 @@ __all__ = [
     "OptionsError",
     "PassError",
     "PayloadError",
+    "RateError",
     "Reason",
     "RedrawError",
     "Report",
@@ -49,6 +52,7 @@ __all__ = [
     "record_masks",
     "register_cost_model",
     "report",
+    "set_rate",
 ]
 
 
@@ -74,7 +78,7 @@ def explain(
     Raises:
         OptionsError: an option is unknown or has a value it cannot have.
         CostModelError: the cost model is unknown, or cannot be made.
-        BudgetError: no plan of the saves fits the memory budget.
+        BudgetError: a graph does not fit the budget of memory or FLOPs.
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
