@@ -28,6 +28,7 @@ PUBLIC = {
     "CostModel",
     "CostModelError",
     "Decision",
+    "DistributionError",
     "Draw",
     "GraphReport",
     "OpCost",
@@ -35,6 +36,7 @@ PUBLIC = {
     "OptionsError",
     "PassError",
     "PayloadError",
+    "PeriodDistribution",
     "Reason",
     "RedrawError",
     "Report",
@@ -45,6 +47,7 @@ PUBLIC = {
     "record_masks",
     "register_cost_model",
     "report",
+    "search_distribution",
 }
 
 needs_checkout = pytest.mark.skipif(

@@ -10,6 +10,7 @@ from .core.errors import (
     ArddError,
     BudgetError,
     CostModelError,
+    DistributionError,
     OptionsError,
     PassError,
     PayloadError,
@@ -23,6 +24,7 @@ from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
 from .runtime.draw_blocks import Draw
 from .runtime.draw_blocks import record_draws as record_masks
+from .runtime.search_distribution import PeriodDistribution, search_distribution
 
 __version__ = VERSION
 
@@ -32,6 +34,7 @@ __all__ = [
     "CostModel",
     "CostModelError",
     "Decision",
+    "DistributionError",
     "Draw",
     "GraphReport",
     "OpCost",
@@ -39,6 +42,7 @@ __all__ = [
     "OptionsError",
     "PassError",
     "PayloadError",
+    "PeriodDistribution",
     "Reason",
     "RedrawError",
     "Report",
@@ -49,6 +53,7 @@ __all__ = [
     "record_masks",
     "register_cost_model",
     "report",
+    "search_distribution",
 ]
 
 
