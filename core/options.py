@@ -20,11 +20,12 @@ class Options:
         OptionsError: A value has the wrong type or is out of range.
     """
 
-    pattern: Literal["auto", "block", "random", "deferred"] = "auto"
+    pattern: Literal["auto", "block", "window", "random", "deferred"] = "auto"
     """Structure of the masks.
 
     ``"auto"`` gives each dropout the structure that pays, or none where none does; ``"block"``
-    gives blocks to every dropout that can have them, whatever the price; ``"random"`` leaves
+    gives blocks to every dropout that can have them, whatever the price; ``"window"`` gives one
+    window of neighbouring features, that wraps around, in the same way; ``"random"`` leaves
     ordinary dropout everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for
     weight gradients the smallest values are dropped, in the family that ``saves`` names, of every
     row where it names none.
@@ -129,7 +130,7 @@ def _is_budget(value: object) -> bool:
 
 # For each field, what it may be in words, and whether a value is that.
 _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    "pattern": _choice("auto", "block", "random", "deferred"),
+    "pattern": _choice("auto", "block", "window", "random", "deferred"),
     "block_size": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "rate_tolerance": ("a number from 0 to 1", _is_rate),
     "saves": _choice("exact", "off", "nm", "topk", "rows", "sampled_rows", "int8", "int4", "mixed"),

@@ -83,7 +83,7 @@ def plan_patterns(
                 continue
             saving = _saving(pricer, choice, chosen)
             detail = f"{saving * 1e6:+.0f} us a step predicted"
-            if saving > 0 or options.pattern == "block":
+            if saving > 0 or options.pattern != "auto":
                 chosen[choice.axis] = choice
                 verdicts[mask] = Verdict(choice, Reason.STRUCTURED, detail)
             else:
@@ -103,7 +103,8 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
         n_kept = round(n_blocks * (1 - p))
         error = abs(1 - n_kept / n_blocks - p)
         if 0 < n_kept < n_blocks and error <= options.rate_tolerance + _ROUNDING:
-            yield Choice(axis, block, n_blocks, n_kept)
+            pattern = "block" if options.pattern == "auto" else options.pattern
+            yield Choice(axis, block, n_blocks, n_kept, pattern)
 
 
 def _at_rate(choice: Choice, p: float) -> Choice:

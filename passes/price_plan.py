@@ -30,6 +30,8 @@ class Choice:
     """Blocks in the dimension."""
     n_kept: int
     """Blocks that stay."""
+    pattern: str = "block"
+    """Which op draws them."""
 
     @property
     def keep(self) -> Fraction:

@@ -163,7 +163,7 @@ class StructureDropout:
             taken=choice is not None,
             reason=verdict.reason,
             detail=verdict.detail,
-            pattern="block" if choice else "random",
+            pattern=choice.pattern if choice else "random",
             p_used=choice.p_used if choice else site.p,
             dim=choice.axis.dim if choice else None,
             block=choice.block if choice else None,

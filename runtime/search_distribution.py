@@ -148,8 +148,8 @@ def _maxent(rate: float, n: int) -> Tensor:
 def _sgd(rate: float, n: int, *, entropy_weight: float) -> Tensor:
     """Minimises the squared rate error minus the weighted entropy, from the uniform distribution.
 
-    The gradient is written out: autograd is slow on so few numbers. Momentum waits until the rate is
-    about right: on the long way there it overshoots into a corner of the softmax, where gradients
+    The gradient is written out: autograd is slow on so few numbers. Momentum waits until the rate
+    is about right: on the long way there it overshoots into a corner of the softmax, where gradients
     vanish.
     """
     rates = _rates(n)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import ardd
-from ardd.runtime.draw_blocks import draw_blocks
+from ardd.passes.kept_sets import DRAWS
 
 # name -> the dimensions that share a draw, given the number of dimensions
 DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
@@ -56,9 +56,8 @@ class Replay(TorchFunctionMode):
         """Dropouts seen so far."""
         torch.manual_seed(seed)
         for instance, draw in enumerate(draws):  # every draw of a graph stands at its beginning
-            kept, _ = draw_blocks(
-                draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance
-            )
+            op = DRAWS[self._decisions[draw.site].pattern]
+            kept, _ = op(draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance)
             assert torch.equal(kept, draw.kept)
 
     def __torch_function__(

@@ -11,8 +11,8 @@ from ardd.core.errors import ArddError, CostModelError, OptionsError, PassError,
 from ardd.core.options import Options
 
 WRONG: list[tuple[str, object, str]] = [
-    ("pattern", "blok", "'auto', 'block', 'random' or 'deferred'"),
-    ("pattern", None, "'auto', 'block', 'random' or 'deferred'"),
+    ("pattern", "blok", "'auto', 'block', 'window', 'random' or 'deferred'"),
+    ("pattern", None, "'auto', 'block', 'window', 'random' or 'deferred'"),
     ("block_size", 0, "'auto' or an int of at least 1"),
     ("block_size", 8.0, "'auto' or an int of at least 1"),
     ("block_size", True, "'auto' or an int of at least 1"),
