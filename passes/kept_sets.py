@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..runtime.draw_blocks import draw_blocks
+from ..runtime.draw_rows import draw_rows
 from ..runtime.draw_window import draw_window
 from .emit import Emitter
 from .facts import KeptAxis
@@ -20,7 +21,11 @@ from .relation import shape_of
 
 aten = torch.ops.aten
 
-DRAWS: Mapping[str, Any] = {"block": draw_blocks, "window": draw_window}
+DRAWS: Mapping[str, Any] = {
+    "block": draw_blocks,
+    "row": draw_rows,
+    "window": draw_window,
+}
 """The op that draws the kept set, by pattern."""
 
 
@@ -42,7 +47,8 @@ class KeptSet:
 def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptSet:
     """Draws the kept set of a mask, once: backward reads what forward drew."""
     device = mask.meta["val"].device
-    op, sizes = DRAWS[choice.pattern], (choice.n_blocks, choice.n_kept)
+    op = DRAWS[choice.pattern]
+    sizes = (choice.n_blocks, list(choice.counts) if choice.counts else choice.n_kept)
     with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
         pair = emit.op(before, op, *sizes, device, mask.args[4], choice.axis.site)
         kept = emit.op(before, operator.getitem, pair, 0)

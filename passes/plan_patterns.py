@@ -13,6 +13,7 @@ from ..core.decisions import Reason
 from ..core.options import Options
 from .facts import KeptAxis
 from .price_plan import Choice, PlanPricer
+from .row_plans import plan_rows
 from .support import Support
 
 # More blocks would not make the gathers of any device cheaper, fewer make masks poor in variety.
@@ -83,6 +84,8 @@ def plan_patterns(
                 continue
             saving = _saving(pricer, choice, chosen)
             detail = f"{saving * 1e6:+.0f} us a step predicted"
+            if choice.rows is not None:
+                detail = f"{choice.rows.describe()}; {detail}"
             if saving > 0 or options.pattern != "auto":
                 chosen[choice.axis] = choice
                 verdicts[mask] = Verdict(choice, Reason.STRUCTURED, detail)
@@ -99,6 +102,13 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
         if axis.size % block or (
             options.block_size == "auto" and block > 1 and n_blocks < MIN_BLOCKS
         ):
+            continue
+        if options.pattern == "row":
+            rows = plan_rows(n_blocks, p, options, axis.site)
+            if rows and rows.rate > 0 and abs(rows.rate - p) <= options.rate_tolerance + _ROUNDING:
+                # Priced at the mean of the plans, so that all plans structure the same dropouts.
+                n_kept = round(n_blocks * (1 - rows.rate))
+                yield Choice(axis, block, n_blocks, n_kept, "row", rows)
             continue
         n_kept = round(n_blocks * (1 - p))
         error = abs(1 - n_kept / n_blocks - p)

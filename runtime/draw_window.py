@@ -19,8 +19,8 @@ def draw(
 
     The window wraps around, so that every block is kept with probability ``n_kept / n_blocks``
     exactly. Close blocks are mostly kept together. Uses torch's default generator of ``device``;
-    never waits for it. Notin et al. 2020, "SliceOut", https://arxiv.org/abs/2007.10909, keep a
-    window too, without wrapping, which drops features at the ends more often.
+    never waits for it. After Notin et al. 2020, "SliceOut", https://arxiv.org/abs/2007.10909, who
+    keep contiguous slices; that it wraps around is ours.
 
     Args:
         n_blocks: Blocks there are.

@@ -19,6 +19,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.errors import DistributionError
 
@@ -113,8 +114,11 @@ def search_distribution(
         raise DistributionError.bad_value("entropy_weight", entropy_weight, "a number above 0")
     if rate > rate_of(max_period):
         raise DistributionError.infeasible(rate, max_period)
-    found = methods[method](float(rate), max_period).clamp(min=0.0)
-    return PeriodDistribution(float(rate), tuple((found / found.sum()).tolist()))
+    # A compiler asks while tensors have no values, and the user's default device may be another.
+    with _disable_current_modes(), torch.device("cpu"):
+        found = methods[method](float(rate), max_period).clamp(min=0.0)
+        probabilities = (found / found.sum()).tolist()
+    return PeriodDistribution(float(rate), tuple(probabilities))
 
 
 def _methods(entropy_weight: float) -> Mapping[str, Callable[[float, int], Tensor]]:
@@ -149,8 +153,8 @@ def _sgd(rate: float, n: int, *, entropy_weight: float) -> Tensor:
     """Minimises the squared rate error minus the weighted entropy, from the uniform distribution.
 
     The gradient is written out: autograd is slow on so few numbers. Momentum waits until the rate
-    is about right: on the long way there it overshoots into a corner of the softmax, where gradients
-    vanish.
+    is about right: on the long way there it overshoots into a corner of the softmax, where
+    gradients vanish.
     """
     rates = _rates(n)
     logits = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))

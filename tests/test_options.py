@@ -11,8 +11,8 @@ from ardd.core.errors import ArddError, CostModelError, OptionsError, PassError,
 from ardd.core.options import Options
 
 WRONG: list[tuple[str, object, str]] = [
-    ("pattern", "blok", "'auto', 'block', 'window', 'random' or 'deferred'"),
-    ("pattern", None, "'auto', 'block', 'window', 'random' or 'deferred'"),
+    ("pattern", "blok", "'auto', 'block', 'window', 'row', 'random' or 'deferred'"),
+    ("pattern", None, "'auto', 'block', 'window', 'row', 'random' or 'deferred'"),
     ("block_size", 0, "'auto' or an int of at least 1"),
     ("block_size", 8.0, "'auto' or an int of at least 1"),
     ("block_size", True, "'auto' or an int of at least 1"),
@@ -21,6 +21,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("rate_tolerance", 1.5, "a number from 0 to 1"),
     ("rate_tolerance", float("nan"), "a number from 0 to 1"),
     ("rate_tolerance", False, "a number from 0 to 1"),
+    ("plans", 0, "an int of at least 1"),
+    ("plans", 1.0, "an int of at least 1"),
+    ("row_groups", 0, "'auto' or an int of at least 1"),
+    ("search", "least", "'narrow', 'maxent', 'sgd' or 'pairwise'"),
+    ("max_period", "8", "'auto' or an int of at least 1"),
     ("target", "xla", "'auto', 'inductor' or 'eager'"),
     ("strict", 1, "True or False"),
     ("max_rewrites", -1, "None or an int of at least 0"),
@@ -51,9 +56,9 @@ def test_unknown_key_names_the_known_and_the_nearest() -> None:
     with pytest.raises(OptionsError) as caught:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
-        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_rewrites, "
-        "memory_budget, pattern, rate_tolerance, save_bits, save_density, saves, strict, target. "
-        "Did you mean 'pattern'?"
+        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_period, "
+        "max_rewrites, memory_budget, pattern, plans, rate_tolerance, row_groups, save_bits, "
+        "save_density, saves, search, strict, target. Did you mean 'pattern'?"
     )
 
 

@@ -120,7 +120,7 @@ def test_what_is_reported_is_what_is_drawn() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_ends_of_what_is_feasible(method: str) -> None:
     none, most = search_distribution(0, 4, method), search_distribution(0.75, 4, method)
-    tolerance = 0.1 if method == "sgd" else 1e-9  # entropy keeps it away from corners
+    tolerance = 0.2 if method == "sgd" else 1e-9  # entropy keeps it away from corners
     assert none.no_dropout == pytest.approx(1, abs=tolerance)
     assert most.probabilities[3] == pytest.approx(1, abs=tolerance)
     assert search_distribution(0.0, 1, method).probabilities == (1.0,)
