@@ -141,4 +141,7 @@ def _conflicts(support: Support) -> dict[KeptAxis, set[KeptAxis]]:
 
 def _shape_detail(axes: list[KeptAxis], p: float, options: Options) -> str:
     sizes = ", ".join(str(axis.size) for axis in axes)
-    return f"size {sizes}, p {p:g}, block_size {options.block_size}"
+    detail = f"size {sizes}, p {p:g}, block_size {options.block_size}"
+    if options.pattern == "row":
+        detail += f", plans {options.plans}, row_groups {options.row_groups}"
+    return detail

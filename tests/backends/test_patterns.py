@@ -110,12 +110,15 @@ def plan_of(draws: list[ardd.Draw]) -> tuple[int, ...]:
 
 @pytest.fixture
 def compiled_plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The plan of every graph that was rewritten, in order."""
+    """The plan of every graph that was rewritten, in order; all know the same parameters."""
     seen: list[int] = []
     rewrite = Compilation.rewrite
+    parameters: list[list[int]] = []
 
     def note(self: Compilation, graph: torch.fx.Graph) -> None:
         seen.append(self.plan)
+        parameters.append(sorted(self.parameters))
+        assert parameters[-1] == parameters[0]
         rewrite(self, graph)
 
     monkeypatch.setattr(Compilation, "rewrite", note)
@@ -138,6 +141,19 @@ def test_every_plan_is_exact(target: str, compiled_plans: list[int]) -> None:
     assert len(compiled_plans) == len(set(compiled_plans)) == len(plans)
     assert len(ardd.report().graphs) == 1
     assert all("in 4 plans" in decision.detail for decision in ardd.report().decisions)
+
+
+@pytest.mark.parametrize("name", ["block", "convolutions", "checkpoint"])
+def test_every_plan_of_a_model_is_exact(name: str, compiled_plans: list[int]) -> None:
+    """With buffers that change, inputs that are no floats, and regions that are computed again."""
+    module, inputs = MODELS[name]()
+    module = module.double()
+    options = PLANS | {"target": "eager", "strict": True, "rate_tolerance": 0.2}
+    compiled = torch.compile(module, backend="ardd", options=options)
+    for seed in range(6):
+        decisions = check_exact(module, inputs, seed=seed, compiled=compiled)
+        assert {decision.pattern for decision in decisions} == {"row"}
+    assert len(set(compiled_plans)) >= 3
 
 
 def test_plans_are_compiled_when_they_are_drawn(compiled_plans: list[int]) -> None:
@@ -172,7 +188,7 @@ def test_symbolic_sizes_compile_all_plans_at_once(compiled_plans: list[int]) -> 
 def test_equal_plans_are_one_graph(compiled_plans: list[int]) -> None:
     """At 1/2 the narrow distribution is period 2 alone: nothing to choose from."""
     module = wide(0.5)
-    options = {"pattern": "row", "plans": 4, "target": "eager", "strict": True}
+    options: dict[str, Any] = {"pattern": "row", "plans": 4, "target": "eager", "strict": True}
     compiled = torch.compile(module, backend="ardd", options=options)
     x = torch.randn(6, 16, dtype=torch.float64)
     state = torch.get_rng_state()
