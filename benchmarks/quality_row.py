@@ -61,13 +61,14 @@ class OnePeriod:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """What ardd draws: groups of 8 blocks with periods and starts of their own."""
+    """What ardd draws with groups of 8 blocks, each with a period and a start of its own."""
 
     block: int
 
     def __call__(self, p: float, generator: torch.Generator) -> Tensor:
         n_blocks = HIDDEN // self.block
-        plans = plan_rows(n_blocks, p, ardd.Options(pattern="row"), 0)
+        options = ardd.Options(pattern="row", row_groups=n_blocks // 8)
+        plans = plan_rows(n_blocks, p, options, 0)
         assert plans is not None
         kept, _ = draw_rows(n_blocks, list(plans.counts[0]), torch.device("cpu"), 0, 0)
         mask = torch.zeros(n_blocks)
