@@ -45,7 +45,11 @@ class KeptSet:
 
 
 def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptSet:
-    """Draws the kept set of a mask, once: backward reads what forward drew."""
+    """Draws the kept set of a mask, once: backward reads what forward drew.
+
+    Rows are gathered by index like all others. A strided view, [n / period, period][:, start] with
+    the start on the device, is none for Inductor: a 0-dimensional index makes it wait for a number.
+    """
     device = mask.meta["val"].device
     op = DRAWS[choice.pattern]
     sizes = (choice.n_blocks, list(choice.counts) if choice.counts else choice.n_kept)

@@ -350,6 +350,24 @@ def test_a_plan_compiled_later_is_for_the_state_of_the_first(compiled_plans: lis
     assert {y.dtype for y in outputs} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("p", "options"),
+    [
+        (0.9, {"max_period": 8}),  # the largest period drops 7/8
+        (0.3, {"row_groups": 1}),  # one plan of one group has one period: 0 or 1/2
+        (0.5, {"row_groups": 5}),  # does not divide 24, 12, 8, ...
+        (0.01, {"block_size": 1}),  # 1/2 of one of few groups is too much, and nothing too little
+    ],
+)
+def test_a_rate_that_no_plan_has_stays_random(p: float, options: dict[str, object]) -> None:
+    """And the report says what was asked for."""
+    given: dict[str, Any] = {"pattern": "row", "target": "eager", "strict": True, **options}
+    torch.compile(wide(p), backend="ardd", options=given)(torch.randn(6, 16, dtype=torch.float64))
+    for decision in ardd.report().decisions:
+        assert (decision.taken, decision.reason) == (False, ardd.Reason.SHAPE)
+        assert f"plans 1, row_groups {options.get('row_groups', 'auto')}" in decision.detail
+
+
 def test_evaluation_draws_no_plan() -> None:
     module, compiled = compiled_wide()
     module.eval()
