@@ -40,6 +40,8 @@ class Compilation:
     """Which inputs are parameters."""
     hints: Sequence[int] = ()
     """Sizes in this call of what may differ in others: prices depend on them."""
+    plan: int = 0
+    """Which plan of a row pattern this compiles."""
     inference: bool = True
     """Whether there is no backward."""
     decisions: list[Decision] = dataclasses.field(default_factory=list)
@@ -68,7 +70,19 @@ class Compilation:
         """What the result depends on besides the graph, for torch's cache keys."""
         model = find_cost_model(self.options.cost_model)
         parts = (model.name, model.version, sorted(self.parameters), list(self.hints))
-        return f"{source_hash()} {self.options!r} {parts!r}"
+        return f"{source_hash()} {self.options!r} {parts!r} {self.plan}"
+
+    @property
+    def same_plans(self) -> Sequence[int]:
+        """For each plan of a row pattern the first one whose graph is the same, as far as known.
+
+        One alone where the graph has no plans.
+        """
+        if self.options.pattern != "row" or not self.sites or self.failure is not None:
+            return (0,)
+        if self.result is not None:
+            return self.result.same_plans
+        return range(self.options.plans)  # from a cache, which will have the others too
 
     def rewrite(self, graph: fx.Graph) -> None:
         """Structures the dropouts of an ATen graph, in place.
@@ -78,7 +92,7 @@ class Compilation:
             PassError: it could not be done, and the graph may be half rewritten.
         """
         self.before += _code(graph)
-        structure = StructureDropout(self.options, self.sites, self.parameters)
+        structure = StructureDropout(self.options, self.sites, self.parameters, self.plan)
         try:
             result = structure.apply(graph)
             if result.modified:

@@ -30,6 +30,7 @@ from ..passes.mark_dropout import MarkDropout
 from .compilation import Compilation
 from .find_suspects import find_suspects
 from .no_redraw import no_redraw
+from .plan_switch import switch_plans
 from .watch_rates import forget_rates, watch_rates
 
 logger: Final = logging.getLogger("ardd")
@@ -68,6 +69,11 @@ def compile_graph(
         target = _target(parsed, _mode_patches(mode))
         compilation = Compilation(parsed)
         compiled = compile_marked(gm, example_inputs, compilation, target)
+        same = compilation.same_plans
+        if len(same) > 1:
+            source = copy_graph_module(gm)
+            compile_plan = functools.partial(_compile_plan, source, parsed, target)
+            compiled = switch_plans(same, compiled, example_inputs, compile_plan)
     except ArddError as error:
         raise unwrapped(error) from error.__cause__
     entry = compilation.report()
@@ -75,6 +81,17 @@ def compile_graph(
     if entry.decisions:
         logger.info("%s", report.summary_line(entry))
     watch_rates(entry)
+    return compiled
+
+
+def _compile_plan(
+    gm: fx.GraphModule, options: Options, target: Target, inputs: Sequence[Any], plan: int
+) -> Callable[..., Any]:
+    """Compiles another plan of a graph. Only a failure has an entry: the first speaks for all."""
+    compilation = Compilation(options, plan=plan)
+    compiled = compile_marked(gm, inputs, compilation, target)
+    if compilation.failure is not None:
+        report.record(compilation.report())
     return compiled
 
 

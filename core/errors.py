@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -199,6 +200,29 @@ class RateError(ArddError, ValueError):
         return cls(
             f"The model has no module {name!r}. Expected names as model.named_modules() gives"
             f" them.{hint}"
+        )
+
+
+class DistributionError(ArddError, ValueError):
+    """There is no distribution over periods such as was asked for."""
+
+    @classmethod
+    def unknown_method(cls, method: object, known: Iterable[str]) -> DistributionError:
+        """Says that no search is called ``method``, and which one was probably meant."""
+        return cls(f"Unknown method {method!r}. {_known_and_nearest(method, known)}")
+
+    @classmethod
+    def bad_value(cls, name: str, given: object, allowed: str) -> DistributionError:
+        """Says that ``given`` is not what the argument ``name`` may be."""
+        return cls(f"Argument {name!r} is {given!r}. Allowed: {allowed}.")
+
+    @classmethod
+    def infeasible(cls, rate: float, max_period: int) -> DistributionError:
+        """Says that periods up to ``max_period`` cannot drop as much as ``rate``."""
+        least = math.ceil(1 / (1 - rate) - 1e-9)
+        return cls(
+            f"No distribution over the periods 1..{max_period} drops {rate:g}: the largest drops"
+            f" {(max_period - 1) / max_period:g}. Set max_period to {least} or more."
         )
 
 

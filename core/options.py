@@ -20,11 +20,13 @@ class Options:
         OptionsError: A value has the wrong type or is out of range.
     """
 
-    pattern: Literal["auto", "block", "random", "deferred"] = "auto"
+    pattern: Literal["auto", "block", "window", "row", "random", "deferred"] = "auto"
     """Structure of the masks.
 
     ``"auto"`` gives each dropout the structure that pays, or none where none does; ``"block"``
-    gives blocks to every dropout that can have them, whatever the price; ``"random"`` leaves
+    gives blocks to every dropout that can have them, whatever the price; ``"window"`` gives one
+    window of neighbouring features, that wraps around, and ``"row"`` every i-th feature, in the
+    same way; ``"random"`` leaves
     ordinary dropout everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for
     weight gradients the smallest values are dropped, in the family that ``saves`` names, of every
     row where it names none.
@@ -37,6 +39,22 @@ class Options:
     A whole number of blocks is dropped, so a rate is met only up to rounding: a dropout with no
     block size within this stays random.
     """
+    plans: int = 1
+    """With the pattern ``"row"``: compiled graphs among which each step draws one.
+
+    Each has periods of its own for every dropout. More follow a distribution more closely where
+    there are few groups, and take longer to compile.
+    """
+    row_groups: Literal["auto"] | int = "auto"
+    """With the pattern ``"row"``: groups of features that have a period and a start of their own.
+
+    1 is the pattern of the paper; ``"auto"`` takes about 8 blocks to a group, or what meets the
+    rate.
+    """
+    search: Literal["narrow", "maxent", "sgd", "pairwise"] = "narrow"
+    """With the pattern ``"row"``: how often each period is used, see `ardd.search_distribution`."""
+    max_period: Literal["auto"] | int = "auto"
+    """With the pattern ``"row"``: the largest period; ``"auto"`` is 8, or what the rate needs."""
     saves: Literal[
         "exact", "off", "nm", "topk", "rows", "sampled_rows", "int8", "int4", "mixed"
     ] = "exact"
@@ -90,7 +108,7 @@ class Options:
             object.__setattr__(self, "save_density", float(self.save_density))
         if self.saves == "off" and self.pattern == "deferred":
             raise OptionsError.bad_value("saves", "off", "any other with pattern='deferred'")
-        if self.flops_budget is not None and self.pattern in ("random", "deferred"):
+        if self.flops_budget is not None and self.pattern in _FIXED_RATES:
             raise OptionsError.bad_value(
                 "flops_budget", self.flops_budget, f"None with pattern={self.pattern!r}"
             )
@@ -115,6 +133,10 @@ class Options:
             if key not in known:
                 raise OptionsError.unknown_key(key, given, known)
         return cls(**cast("dict[str, Any]", dict(mapping)))
+
+
+_FIXED_RATES = ("row", "random", "deferred")
+"""Patterns whose rates no budget can raise."""
 
 
 def _is_int(value: object, least: int) -> bool:
@@ -147,9 +169,13 @@ def _is_budget(value: object) -> bool:
 
 # For each field, what it may be in words, and whether a value is that.
 _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    "pattern": _choice("auto", "block", "random", "deferred"),
+    "pattern": _choice("auto", "block", "window", "row", "random", "deferred"),
     "block_size": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "rate_tolerance": ("a number from 0 to 1", _is_rate),
+    "plans": ("an int of at least 1", lambda v: _is_int(v, 1)),
+    "row_groups": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
+    "search": _choice("narrow", "maxent", "sgd", "pairwise"),
+    "max_period": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "saves": _choice("exact", "off", "nm", "topk", "rows", "sampled_rows", "int8", "int4", "mixed"),
     "save_density": ("None or a number above 0 and at most 1", _is_density),
     "save_bits": ("None, 4, 8 or 16", lambda v: v is None or (_is_int(v, 4) and v in (4, 8, 16))),

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from ..core.errors import RedrawError
-from ..runtime.draw_blocks import draw_blocks
 from ..runtime.dropout_mask import dropout_mask
+from .kept_sets import DRAWS
 
 
 def check_redraw(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
@@ -32,7 +32,7 @@ def check_redraw(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
 
 
 def _ours(node: fx.Node) -> bool:
-    return node.target in (draw_blocks, dropout_mask)
+    return node.target in (*DRAWS.values(), dropout_mask)
 
 
 def _draws(target: object) -> bool:

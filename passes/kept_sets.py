@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..runtime.draw_blocks import draw_blocks
+from ..runtime.draw_rows import draw_rows
+from ..runtime.draw_window import draw_window
 from .emit import Emitter
 from .facts import KeptAxis
 from .price_plan import Choice
 from .relation import shape_of
 
 aten = torch.ops.aten
+
+DRAWS: Mapping[str, Any] = {
+    "block": draw_blocks,
+    "row": draw_rows,
+    "window": draw_window,
+}
+"""The op that draws the kept set, by pattern."""
 
 
 @dataclasses.dataclass
@@ -35,11 +45,16 @@ class KeptSet:
 
 
 def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptSet:
-    """Draws the kept set of a mask, once: backward reads what forward drew."""
+    """Draws the kept set of a mask, once: backward reads what forward drew.
+
+    Rows are gathered by index like all others. A strided view, [n / period, period][:, start] with
+    the start on the device, is none for Inductor: a 0-dimensional index makes it wait for a number.
+    """
     device = mask.meta["val"].device
-    sizes = (choice.n_blocks, choice.n_kept)
+    op = DRAWS[choice.pattern]
+    sizes = (choice.n_blocks, list(choice.counts) if choice.counts else choice.n_kept)
     with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
-        pair = emit.op(before, draw_blocks, *sizes, device, mask.args[4], choice.axis.site)
+        pair = emit.op(before, op, *sizes, device, mask.args[4], choice.axis.site)
         kept = emit.op(before, operator.getitem, pair, 0)
         slot = emit.op(before, operator.getitem, pair, 1)
     return KeptSet(choice, kept, slot)

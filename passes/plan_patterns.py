@@ -13,6 +13,7 @@ from ..core.decisions import Reason
 from ..core.options import Options
 from .facts import KeptAxis
 from .price_plan import Choice, PlanPricer
+from .row_plans import plan_rows
 from .support import Support
 
 # More blocks would not make the gathers of any device cheaper, fewer make masks poor in variety.
@@ -83,7 +84,9 @@ def plan_patterns(
                 continue
             saving = _saving(pricer, choice, chosen)
             detail = f"{saving * 1e6:+.0f} us a step predicted"
-            if saving > 0 or options.pattern == "block":
+            if choice.rows is not None:
+                detail = f"{choice.rows.describe()}; {detail}"
+            if saving > 0 or options.pattern != "auto":
                 chosen[choice.axis] = choice
                 verdicts[mask] = Verdict(choice, Reason.STRUCTURED, detail)
             else:
@@ -100,10 +103,18 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
             options.block_size == "auto" and block > 1 and n_blocks < MIN_BLOCKS
         ):
             continue
+        if options.pattern == "row":
+            rows = plan_rows(n_blocks, p, options, axis.site)
+            if rows and rows.rate > 0 and abs(rows.rate - p) <= options.rate_tolerance + _ROUNDING:
+                # Priced at the mean of the plans, so that all plans structure the same dropouts.
+                n_kept = round(n_blocks * (1 - rows.rate))
+                yield Choice(axis, block, n_blocks, n_kept, "row", rows)
+            continue
         n_kept = round(n_blocks * (1 - p))
         error = abs(1 - n_kept / n_blocks - p)
         if 0 < n_kept < n_blocks and error <= options.rate_tolerance + _ROUNDING:
-            yield Choice(axis, block, n_blocks, n_kept)
+            pattern = "block" if options.pattern == "auto" else options.pattern
+            yield Choice(axis, block, n_blocks, n_kept, pattern)
 
 
 def _at_rate(choice: Choice, p: float) -> Choice:
@@ -130,4 +141,7 @@ def _conflicts(support: Support) -> dict[KeptAxis, set[KeptAxis]]:
 
 def _shape_detail(axes: list[KeptAxis], p: float, options: Options) -> str:
     sizes = ", ".join(str(axis.size) for axis in axes)
-    return f"size {sizes}, p {p:g}, block_size {options.block_size}"
+    detail = f"size {sizes}, p {p:g}, block_size {options.block_size}"
+    if options.pattern == "row":
+        detail += f", plans {options.plans}, row_groups {options.row_groups}"
+    return detail

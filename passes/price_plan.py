@@ -11,10 +11,12 @@ import sympy
 import torch
 from torch import fx
 
+from ..runtime.draw_rows import kept_in_all
 from .cost_model import CostModel, OpCost, price
 from .facts import KeptAxis
 from .feature_dims import is_product
 from .relation import is_tensor, shape_of, tensor_operands
+from .row_plans import RowPlans
 from .support import Form, Support, axes_in, is_zero
 
 
@@ -30,6 +32,20 @@ class Choice:
     """Blocks in the dimension."""
     n_kept: int
     """Blocks that stay."""
+    pattern: str = "block"
+    """Which op draws them."""
+    rows: RowPlans | None = None
+    """With the pattern "row", the periods of every plan; the counts are then those of all plans."""
+    counts: tuple[int, ...] = ()
+    """With the pattern "row", the groups of each period in the plan that is compiled."""
+
+    def in_plan(self, plan: int) -> Choice:
+        """Returns the choice as one plan has it: itself, but with the pattern "row"."""
+        if self.rows is None:
+            return self
+        counts = self.rows.counts[plan]
+        n_kept = kept_in_all(self.n_blocks, counts)
+        return dataclasses.replace(self, n_kept=n_kept, counts=counts)
 
     @property
     def keep(self) -> Fraction:
@@ -39,7 +55,7 @@ class Choice:
     @property
     def p_used(self) -> float:
         """Drop rate in effect."""
-        return float(1 - self.keep)
+        return float(1 - self.keep) if self.rows is None else self.rows.rate
 
 
 Chosen = Mapping[KeptAxis, Choice]

@@ -17,7 +17,7 @@ from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
 from .meet_budget import allowed_flops, meet_budget
 from .plan_patterns import Verdict, plan_patterns
-from .price_plan import PlanPricer
+from .price_plan import Choice, PlanPricer
 from .program_inputs import grads_of, inputs_in
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
@@ -35,6 +35,8 @@ class StructureResult(PassResult):
     """The same with the dropped features left out."""
     flops_budget: int | None = None
     """FLOPs that the options allow, None where they set no budget."""
+    same_plans: Sequence[int] = (0,)
+    """For each plan of a row pattern, the first one that is the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class StructureDropout:
     """The marked dropouts; the last argument of a mask is an index into it."""
     parameters: Collection[int] = ()
     """Which inputs of the Dynamo graph are parameters."""
+    plan: int = 0
+    """Which plan of a row pattern the graph is for."""
 
     def apply(self, graph: fx.Graph) -> StructureResult:
         """Rewrites an ATen graph in place.
@@ -80,15 +84,24 @@ class StructureDropout:
         device = masks[0].meta["val"].device
         pricer = PlanPricer(support, find_cost_model(self.options.cost_model), device)
         verdicts = self._verdicts(graph, masks, support, pricer)
-        chosen = {v.choice.axis: v.choice for v in verdicts.values() if v.choice}
-        decisions = tuple(self._decision(m, verdicts[m], pricer, chosen) for m in masks)
+        plans = [
+            {v.choice.axis: v.choice.in_plan(plan) for v in verdicts.values() if v.choice}
+            for plan in range(self.options.plans if self.options.pattern == "row" else 1)
+        ]
+        decisions = tuple(self._decision(m, verdicts[m], pricer, plans) for m in masks)
         result = StructureResult(
             modified=True,
             decisions=decisions,
             flops_before=pricer.flops(support.relations, {}),
-            flops_after=pricer.flops(support.relations, chosen),
+            flops_after=_mean_flops(pricer, support.relations, plans),
             flops_budget=allowed_flops(support, pricer, self.options),
+            same_plans=tuple(plans.index(plan) for plan in plans),
         )
+        chosen = plans[self.plan]
+        for mask in masks:
+            if any(_keeps_all(chosen.get(axis)) for axis in support.masks[mask].values()):
+                mask.update_arg(2, 0.0)  # lowered to the constant that it is
+        chosen = {axis: choice for axis, choice in chosen.items() if not _keeps_all(choice)}
         compact(graph, support, {m: _float(m.args[3]) for m in masks}, chosen)
         lower_random_masks(graph)
         graph.lint()
@@ -167,7 +180,7 @@ class StructureDropout:
         mask: fx.Node,
         verdict: Verdict,
         pricer: PlanPricer,
-        chosen: Mapping[KeptAxis, Any],
+        plans: Sequence[Mapping[KeptAxis, Choice]],
     ) -> Decision:
         site, choice = self._site(mask), verdict.choice
         touched = pricer.touched_by(choice.axis) if choice else []
@@ -177,12 +190,12 @@ class StructureDropout:
             taken=choice is not None,
             shape=static_shape(mask.meta["val"]),
             detail=verdict.detail,
-            pattern="block" if choice else "random",
+            pattern=choice.pattern if choice else "random",
             p_used=choice.p_used if choice else site.p,
             dim=choice.axis.dim if choice else None,
             block=choice.block if choice else None,
             flops_before=pricer.flops(touched, {}),
-            flops_after=pricer.flops(touched, chosen),
+            flops_after=_mean_flops(pricer, touched, plans),
         )
 
     def _parameter_grads(self, graph: fx.Graph) -> set[fx.Node]:
@@ -203,6 +216,18 @@ def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:
     """Returns the dimensions of a mask that could be dropped: those of a fixed size above 1."""
     sizes = enumerate(shape_of(mask))
     return {d: KeptAxis(number, d, s) for d, s in sizes if isinstance(s, int) and s > 1}
+
+
+def _keeps_all(choice: Choice | None) -> bool:
+    """Whether a plan drops nothing of a dropout that is structured."""
+    return choice is not None and choice.n_kept == choice.n_blocks
+
+
+def _mean_flops(
+    pricer: PlanPricer, nodes: Collection[fx.Node], plans: Sequence[Mapping[KeptAxis, Choice]]
+) -> int:
+    """Returns the FLOPs of a step: each plan is as likely as any other."""
+    return round(sum(pricer.flops(nodes, chosen) for chosen in plans) / len(plans))
 
 
 def _float(value: Any) -> float:

@@ -63,29 +63,40 @@ def draw(
     Raises:
         ValueError: If ``n_kept`` is negative or larger than ``n_blocks``.
     """
-    _check(n_blocks, n_kept)
+    check_counts(n_blocks, n_kept)
     # On 2 CPU cores randperm, sort, full, scatter_ is 14 us at 16 blocks and 19 us at 256 (torch
     # 2.13); rand().topk() is 14 and 22, a boolean mask with nonzero() and cumsum() 30 and 23, and
     # nonzero() would wait for the device.
     kept = torch.randperm(n_blocks, device=device)[:n_kept].sort().values
     slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=device)
     slot.scatter_(0, kept, torch.arange(n_kept, device=device))
-    for recorder in _recorders:
-        recorder.append(Draw(site, n_blocks, kept.clone()))
+    note_draw(site, n_blocks, kept)
     return kept, slot
 
 
-def _check(n_blocks: int, n_kept: int) -> None:
+def note_draw(site: int, n_blocks: int, kept: Tensor) -> None:
+    """Gives a copy of a draw to every open `record_draws`."""
+    for recorder in _recorders:
+        recorder.append(Draw(site, n_blocks, kept.clone()))
+
+
+def check_counts(n_blocks: int, n_kept: int) -> None:
+    """Checks that so many blocks can be kept.
+
+    Raises:
+        ValueError: If ``n_kept`` is negative or larger than ``n_blocks``.
+    """
     if not 0 <= n_kept <= n_blocks:
         raise ValueError(
             f"Cannot keep {n_kept} of {n_blocks} blocks. Expected 0 <= n_kept <= n_blocks."
         )
 
 
-def _fake(
+def fake_draw(
     n_blocks: int, n_kept: int, device: torch.device, site: int, instance: int
 ) -> tuple[Tensor, Tensor]:
-    _check(n_blocks, n_kept)
+    """Returns a draw without its values."""
+    check_counts(n_blocks, n_kept)
     kept = torch.empty(n_kept, dtype=torch.int64, device=device)
     return kept, torch.empty(n_blocks, dtype=torch.int64, device=device)
 
@@ -99,7 +110,7 @@ _LIB.define(
 )
 # No argument is a tensor, so that no backend key is set and only this alias key is looked up.
 _LIB.impl("draw_blocks", draw, "CompositeExplicitAutograd")
-_library.register_fake("ardd::draw_blocks", _fake, lib=_LIB)
+_library.register_fake("ardd::draw_blocks", fake_draw, lib=_LIB)
 
 draw_blocks = torch.ops.ardd.draw_blocks.default
 """``draw_blocks(n_blocks, n_kept, device, site, instance) -> (kept, slot)``, see ``draw``."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import ardd
-from ardd.runtime.draw_blocks import draw_blocks
+from ardd.passes.kept_sets import DRAWS
 
 # name -> the dimensions that share a draw, given the number of dimensions
 DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
@@ -56,9 +56,12 @@ class Replay(TorchFunctionMode):
         """Dropouts seen so far."""
         torch.manual_seed(seed)
         for instance, draw in enumerate(draws):  # every draw of a graph stands at its beginning
-            kept, _ = draw_blocks(
-                draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance
-            )
+            pattern = self._decisions[draw.site].pattern
+            if pattern == "row":  # how it was drawn is not recorded; no other draw may follow
+                assert all(decision.taken for decision in decisions)
+                break
+            op = DRAWS[pattern]
+            kept, _ = op(draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance)
             assert torch.equal(kept, draw.kept)
 
     def __torch_function__(
@@ -84,6 +87,8 @@ class Replay(TorchFunctionMode):
             dtype = x.dtype if x.dtype == torch.float64 else torch.float32
             mask = (torch.rand(sizes, dtype=dtype) > decision.p).to(x.dtype)
             return mask / (1 - decision.p)
+        if decision.pattern == "row" and decision.site not in self._kept:
+            return torch.ones_like(x)  # the plan that was drawn keeps everything
         draw = self._kept[decision.site]
         assert decision.dim is not None
         assert decision.block is not None

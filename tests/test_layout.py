@@ -28,6 +28,7 @@ PUBLIC = {
     "CostModel",
     "CostModelError",
     "Decision",
+    "DistributionError",
     "Draw",
     "GraphReport",
     "OpCost",
@@ -36,6 +37,7 @@ PUBLIC = {
     "PassError",
     "PayloadError",
     "RateError",
+    "PeriodDistribution",
     "Reason",
     "RedrawError",
     "Report",
@@ -47,6 +49,7 @@ PUBLIC = {
     "register_cost_model",
     "report",
     "set_rate",
+    "search_distribution",
 }
 
 needs_checkout = pytest.mark.skipif(

@@ -20,8 +20,8 @@ from ardd.core.options import Options
 
 FLOPS = "None, a fraction above 0 and at most 1.0, or an int of FLOPs of at least 0"
 WRONG: list[tuple[str, object, str]] = [
-    ("pattern", "blok", "'auto', 'block', 'random' or 'deferred'"),
-    ("pattern", None, "'auto', 'block', 'random' or 'deferred'"),
+    ("pattern", "blok", "'auto', 'block', 'window', 'row', 'random' or 'deferred'"),
+    ("pattern", None, "'auto', 'block', 'window', 'row', 'random' or 'deferred'"),
     ("block_size", 0, "'auto' or an int of at least 1"),
     ("block_size", 8.0, "'auto' or an int of at least 1"),
     ("block_size", True, "'auto' or an int of at least 1"),
@@ -38,6 +38,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("max_rate", 1.0, "a number above 0 and below 1"),
     ("max_rate", float("nan"), "a number above 0 and below 1"),
     ("max_rate", None, "a number above 0 and below 1"),
+    ("plans", 0, "an int of at least 1"),
+    ("plans", 1.0, "an int of at least 1"),
+    ("row_groups", 0, "'auto' or an int of at least 1"),
+    ("search", "least", "'narrow', 'maxent', 'sgd' or 'pairwise'"),
+    ("max_period", "8", "'auto' or an int of at least 1"),
     ("target", "xla", "'auto', 'inductor' or 'eager'"),
     ("strict", 1, "True or False"),
     ("max_rewrites", -1, "None or an int of at least 0"),
@@ -64,7 +69,7 @@ def test_replacing_a_field_is_checked_too() -> None:
         dataclasses.replace(Options(), max_rewrites=-2)
 
 
-@pytest.mark.parametrize("pattern", ["random", "deferred"])
+@pytest.mark.parametrize("pattern", ["row", "random", "deferred"])
 def test_a_budget_needs_a_pattern_whose_rates_can_be_raised(pattern: str) -> None:
     with pytest.raises(OptionsError) as caught:
         Options.from_mapping({"pattern": pattern, "flops_budget": 0.5})
@@ -81,6 +86,9 @@ def test_unknown_key_names_the_known_and_the_nearest() -> None:
         "max_rate, max_rewrites, memory_budget, pattern, rate_tolerance, save_bits, save_density, "
         "saves, strict, target. "
         "Did you mean 'pattern'?"
+        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_period, "
+        "max_rewrites, memory_budget, pattern, plans, rate_tolerance, row_groups, save_bits, "
+        "save_density, saves, search, strict, target. Did you mean 'pattern'?"
     )
 
 

@@ -11,6 +11,7 @@ from .core.errors import (
     ArddError,
     BudgetError,
     CostModelError,
+    DistributionError,
     OptionsError,
     PassError,
     PayloadError,
@@ -25,6 +26,7 @@ from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
 from .runtime.draw_blocks import Draw
 from .runtime.draw_blocks import record_draws as record_masks
+from .runtime.search_distribution import PeriodDistribution, search_distribution
 
 __version__ = VERSION
 
@@ -34,6 +36,7 @@ __all__ = [
     "CostModel",
     "CostModelError",
     "Decision",
+    "DistributionError",
     "Draw",
     "GraphReport",
     "OpCost",
@@ -41,6 +44,7 @@ __all__ = [
     "OptionsError",
     "PassError",
     "PayloadError",
+    "PeriodDistribution",
     "RateError",
     "Reason",
     "RedrawError",
@@ -52,6 +56,7 @@ __all__ = [
     "record_masks",
     "register_cost_model",
     "report",
+    "search_distribution",
     "set_rate",
 ]
 

@@ -215,8 +215,9 @@ def test_the_key_is_made_of_what_matters() -> None:
         dataclasses.replace(base, options=ardd.Options(max_rewrites=1)),
         dataclasses.replace(base, parameters=[0]),
         dataclasses.replace(base, hints=[512]),
+        dataclasses.replace(base, plan=1),
     ]
-    assert len({base.key, *(other.key for other in others)}) == 5
+    assert len({base.key, *(other.key for other in others)}) == 6
     assert dataclasses.replace(base, parameters=[1, 0]).key == base.key
     assert version.source_hash() in base.key
     assert "0x" not in base.key, "an address differs from process to process"
