@@ -48,14 +48,16 @@ class TilePricer:
 
     def _products(self, keep: Fraction) -> Iterator[OpCost]:
         share = sympy.Rational(keep.numerator, keep.denominator)
-        for item in (*self._found.uses, *self._found.gradients):
-            a, b = factors(item.node)
+        nodes = [use.node for use in self._found.uses]
+        nodes += [gradient.node for gradient in self._found.gradients]
+        for node in nodes:
+            a, b = factors(node)
             m, k, n = (size_hint(size) for size in (*shape_of(a), shape_of(b)[1]))
             moved = m * k + k * n + m * n - self._elements * (1 - share)
             value = a.meta["val"]
             yield OpCost(
                 "product",
-                str(item.node.target),
+                str(node.target),
                 (sympy.Integer(m), sympy.Integer(k), sympy.Integer(n)),
                 2 * m * k * n * share,
                 moved * value.element_size(),

@@ -4,7 +4,7 @@ Kept are the tiles whose column is of one of ``n_kept`` classes that belong to t
 row (`ardd.runtime.draw_tiles`). With rows and columns ordered by classes, what is kept lies in
 ``period`` dense blocks along a diagonal:
 
-    y = mm(x, w.t())    =>    y[:, rows of a] = x[:, columns kept by a] @ w[a, columns kept by a].t()
+    y = mm(x, w.t())    =>    y[:, a] = x[:, kept by a] @ w[a, kept by a].t() for a class a of rows
 
 Shapes: p period, n samples, t tiles of a class, b features of a tile, w = t * b features of a
 class, k = n_kept * w features that a class keeps.
@@ -66,15 +66,15 @@ class _Side:
     slot: tuple[fx.Node, fx.Node]
     """int64 ``[p * t]`` each: the class of every tile, and its place in that."""
     block: int
-    """b."""
+    """Features of a tile, b."""
     count: int
-    """t."""
+    """Tiles of a class, t."""
     start: int
     """Classes that stand in ``order`` before the first one."""
 
     @property
     def width(self) -> int:
-        """w."""
+        """Features of a class, w."""
         return self.block * self.count
 
 
@@ -138,7 +138,7 @@ class TiledWeight:
         return y
 
     def gradient(self, gradient: Gradient) -> fx.Node:
-        """Returns the product under the mask, by classes of rows: ``[p, w of rows, k of columns]``."""
+        """Returns the product under the mask: ``[p, w of rows, k of columns]``."""
         emit, node = self._emit, gradient.node
         dy_nr = self._in_order(node, gradient.operand(rows=True), self._rows)
         x_nk = self._in_order(node, gradient.operand(rows=False), self._columns)
@@ -173,7 +173,8 @@ class TiledWeight:
         Args:
             before: where to add the ops.
             x: the tensor.
-            columns: ``[p, w of rows, k of columns]`` if true, else ``[p, k of rows, w of columns]``.
+            columns: for every class of rows what it keeps, ``[p, w of rows, k of columns]``; else
+                for every class of columns what keeps it, ``[p, k of rows, w of columns]``.
         """
         emit, tiling = self._emit, self._tiling
         (height, width), (rows, across) = tiling.tile, tiling.grid

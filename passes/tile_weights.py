@@ -111,7 +111,7 @@ def _plan(mask: fx.Node, found: WeightUses, options: Options, model: CostModel) 
         return TileVerdict(None, Reason.UNUSED)
     sizes = shape_of(mask)
     if not found.uses and not found.gradients:
-        what = f"a tensor of {len(sizes)} dimensions" if len(sizes) != 2 else "no product of it"
+        what = f"{len(sizes)} dimensions" if len(sizes) != 2 else "no product reads it"
         return TileVerdict(None, Reason.WEIGHT_DROPOUT, what)
     rows, columns = sizes
     if not isinstance(rows, int) or not isinstance(columns, int):
@@ -178,10 +178,13 @@ def _rewrite(
                 emit, node, kept(found.wanted[node], node, False), node.meta["val"].dtype
             )
             node.replace_all_uses_with(tiled.expand(node, x))
-    graph.eliminate_dead_code()
-    if not mask._erased:  # something needs it in full
+    for node in reversed(nodes):
+        if node.op == "call_function" and not node.users and node is not mask:
+            graph.erase_node(node)
+    if mask.users:  # something needs it in full
         mask.replace_all_uses_with(tiled.mask(mask, mask.meta["val"].dtype))
-        graph.erase_node(mask)
+    graph.erase_node(mask)
+    graph.eliminate_dead_code()
     return tiled.drawn
 
 
