@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -19,11 +19,15 @@ from .relation import is_tensor
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+_FACTORS = (aten.mul.Tensor, aten.div.Tensor, aten.neg.default)
 _SAME = (aten.alias.default, aten.clone.default, aten.detach.default)
 
 
-Path = tuple[tuple[torch.dtype, ...], bool]
-"""Conversions in their order, and whether the result is transposed."""
+Step = tuple[Any, tuple[Any, ...]]
+"""An op on every element by itself that keeps zeros, and what it takes beside the tensor."""
+
+Path = tuple[tuple[Step, ...], bool]
+"""Steps in their order, and whether the result is transposed."""
 
 
 class Features(NamedTuple):
@@ -45,8 +49,8 @@ class Use:
     """What the mask is multiplied with."""
     masked: fx.Node
     """``mul(weight, mask)``."""
-    dtypes: tuple[torch.dtype, ...]
-    """Conversions between the two, in their order."""
+    steps: tuple[Step, ...]
+    """Conversions and factors between the two, in their order."""
     weight_first: bool
     """Whether the weight is the left operand of the product."""
     flipped: bool
@@ -95,9 +99,9 @@ def find_weight_uses(mask: fx.Node) -> WeightUses:
     """Returns the products around a mask of two dimensions of a fixed size.
 
     1. The mask is multiplied with something of its own sizes: that is the masked weight.
-    2. A product reads it, through transpositions and conversions, as one of its two matrices.
-    3. Or what the mask is multiplied with is made of products that nothing else reads, by sums,
-       transpositions and conversions: these are needed under the mask alone.
+    2. A product reads it, through transpositions, conversions and factors, as one of its matrices.
+    3. Or what the mask is multiplied with is made of products that nothing else reads, by sums
+       and the like: these are needed under the mask alone.
 
     What else reads the mask or the masked weight can have it in full.
     """
@@ -106,12 +110,12 @@ def find_weight_uses(mask: fx.Node) -> WeightUses:
     for node in masked:
         family: dict[fx.Node, Path] = {node: ((), False)}
         family.update(_same_values(node, (), False))
-        for relative, (dtypes, flipped) in family.items():
+        for relative, (steps, flipped) in family.items():
             for user in relative.users:
                 pair = factors(user)
                 if relative in pair and not all(x in family for x in pair):
                     first = pair[0] is relative
-                    found.uses.append(Use(user, masked[node], node, dtypes, first, flipped))
+                    found.uses.append(Use(user, masked[node], node, steps, first, flipped))
     reading = {use.node for use in found.uses}
     for node, x in masked.items():
         if any(use.masked is node for use in found.uses):
@@ -146,11 +150,16 @@ def transposes(node: fx.Node) -> bool:
     return node.target is aten.t.default
 
 
-def converts(node: fx.Node) -> bool:
-    """Returns whether the node gives the same numbers in another floating type."""
-    if node.target is not prims.convert_element_type.default:
-        return False
-    return bool(node.meta["val"].dtype.is_floating_point)
+def step_of(node: fx.Node) -> Step | None:
+    """Returns the step that a node is: a conversion to another floating type, or a factor."""
+    rest = node.args[1:]
+    if node.kwargs or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is prims.convert_element_type.default:
+        floating = node.meta["val"].dtype.is_floating_point
+    else:
+        floating = node.target in _FACTORS and all(isinstance(x, (int, float)) for x in rest)
+    return (node.target, rest) if floating else None
 
 
 def keeps(node: fx.Node) -> bool:
@@ -185,19 +194,19 @@ def _multiplied(node: fx.Node, mask: fx.Node) -> fx.Node | None:
 
 
 def _same_values(
-    node: fx.Node, dtypes: tuple[torch.dtype, ...], flipped: bool
+    node: fx.Node, steps: tuple[Step, ...], flipped: bool
 ) -> Iterator[tuple[fx.Node, Path]]:
+    """Yields what is made of the masked weight with nothing but steps and transpositions."""
     for user in node.users:
-        if transposes(user):
-            step: Path = (dtypes, not flipped)
-        elif converts(user):
-            step = (*dtypes, user.meta["val"].dtype), flipped
-        elif keeps(user):
-            step = dtypes, flipped
+        step = step_of(user)
+        if step is not None:
+            path: Path = ((*steps, step), flipped)
+        elif transposes(user) or keeps(user):
+            path = steps, flipped ^ transposes(user)
         else:
             continue
-        yield user, step
-        yield from _same_values(user, *step)
+        yield user, path
+        yield from _same_values(user, *path)
 
 
 def _find_gradients(
@@ -209,7 +218,7 @@ def _find_gradients(
     if node.target is aten.mm.default and node not in taken:
         found.gradients.append(Gradient(node, flipped))
         return True
-    if not (transposes(node) or converts(node) or keeps(node) or adds(node)):
+    if not (transposes(node) or step_of(node) or keeps(node) or adds(node)):
         return False
     flipped ^= transposes(node)
     inside = [_find_gradients(found, x, node, flipped, taken) for x in node.all_input_nodes]

@@ -72,7 +72,7 @@ class TilePricer:
         for use in self._found.uses:
             inner = int(use.contracts_columns)
             ordered[use.input, inner] = use.input.x
-            weights[use.masked, use.dtypes, inner] = use.weight
+            weights[use.masked, use.steps, inner] = use.weight
             run = tiling.tile[1 - inner]
             yield self._op("gather", use.node, _count(use.node), run)
         for gradient in self._found.gradients:

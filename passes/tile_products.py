@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..runtime.draw_tiles import draw_tiles
 from .emit import Emitter
-from .find_weight_uses import Features, Gradient, Use
+from .find_weight_uses import Features, Gradient, Step, Use
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -103,7 +103,7 @@ class TiledWeight:
         self._tiling = tiling
         self._scale = mean * tiling.period / tiling.n_kept
         self._ordered: dict[tuple[Features, bool], fx.Node] = {}
-        self._weights: dict[tuple[fx.Node, tuple[torch.dtype, ...], bool], fx.Node] = {}
+        self._weights: dict[tuple[fx.Node, tuple[Step, ...], bool], fx.Node] = {}
         device = mask.meta["val"].device
         sizes = (*tiling.grid, tiling.period, tiling.n_kept)
         with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
@@ -204,7 +204,7 @@ class TiledWeight:
         """Returns what is kept of the masked weight, ``[p, k, w]``, cut once for all its users."""
         # With one class a row, what a class of rows keeps is what a class of columns keeps.
         by_rows = use.contracts_columns or self._tiling.n_kept == 1
-        key = use.masked, use.dtypes, by_rows
+        key = use.masked, use.steps, by_rows
         if key not in self._weights:
             # What is an input stays in memory anyway, and is cut again rather than saved.
             again = use.weight.op == "placeholder"
@@ -223,8 +223,8 @@ class TiledWeight:
         if x.meta["val"].dtype != dtype:
             x = emit.op(before, prims.convert_element_type.default, x, dtype)
         x = emit.op(before, aten.mul.Tensor, x, self._scale)
-        for dtype in use.dtypes:
-            x = emit.op(before, prims.convert_element_type.default, x, dtype)
+        for target, rest in use.steps:
+            x = emit.op(before, target, x, *rest)
         return x
 
     def _in_order(self, before: fx.Node, given: Features, side: _Side) -> fx.Node:

@@ -14,7 +14,7 @@ from ..core.decisions import Reason
 from ..core.options import Options
 from .cost_model import CostModel
 from .emit import Emitter, fake_mode_of
-from .find_weight_uses import WeightUses, adds, find_weight_uses, transposes
+from .find_weight_uses import WeightUses, adds, find_weight_uses, step_of, transposes
 from .price_tiles import TilePricer
 from .random_masks import SMALLEST_RATE
 from .relation import shape_of
@@ -166,7 +166,8 @@ def _rewrite(
             terms = [kept(x, before, flipped) for x in node.args if isinstance(x, fx.Node)]
             return emit.op(before, aten.add.Tensor, *terms)
         x = kept(node.all_input_nodes[0], before, flipped ^ transposes(node))
-        return _converted(emit, before, x, node.meta["val"].dtype)
+        step = step_of(node)
+        return emit.op(before, step[0], x, *step[1]) if step else x
 
     for node in nodes:  # in their order: what one puts in order serves those after it
         if node in uses:
@@ -174,9 +175,10 @@ def _rewrite(
         elif node in gradients:
             cut[node] = tiled.gradient(gradients[node])
         elif node in found.wanted:
-            x = _converted(
-                emit, node, kept(found.wanted[node], node, False), node.meta["val"].dtype
-            )
+            x = kept(found.wanted[node], node, False)
+            dtype = node.meta["val"].dtype
+            if x.meta["val"].dtype != dtype:
+                x = emit.op(node, prims.convert_element_type.default, x, dtype)
             node.replace_all_uses_with(tiled.expand(node, x))
     for node in reversed(nodes):
         if node.op == "call_function" and not node.users and node is not mask:
@@ -186,9 +188,3 @@ def _rewrite(
     graph.erase_node(mask)
     graph.eliminate_dead_code()
     return tiled.drawn
-
-
-def _converted(emit: Emitter, before: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if x.meta["val"].dtype == dtype:
-        return x
-    return emit.op(before, prims.convert_element_type.default, x, dtype)

@@ -40,6 +40,7 @@ PUBLIC = {
     "Report",
     "SaveReason",
     "SavedTensor",
+    "TileDraw",
     "__version__",
     "explain",
     "record_masks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -66,6 +66,27 @@ def net(p: float = 0.5, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
+def masks_of(draws: Sequence[ardd.Draw], *shapes: tuple[int, int]) -> list[Tensor]:
+    """Returns the masks that were drawn for weights of some shapes."""
+    tiles = [draw for draw in draws if isinstance(draw, ardd.TileDraw)]
+    return [draw.mask(shape) for draw, shape in zip(tiles, shapes, strict=True)]
+
+
+class Masked(nn.Module):
+    """The layers of `net`, with given masks."""
+
+    def __init__(self, model: nn.Sequential, masks: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.layers = [layer for layer in model if isinstance(layer, DropConnect)]
+        self.masks = masks
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        one, two = (mask.to(first.weight.dtype) for mask in self.masks)
+        h = F.linear(x, first.weight * one, first.bias).tanh()
+        return F.linear(h, second.weight * two, second.bias)
+
+
 def data(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=F64)
 
@@ -124,11 +145,8 @@ def test_without_gradients_the_forward_alone_is_rewritten() -> None:
         y = compiled(model)(x)
     all_tiles(2)
     assert ardd.report().graphs[-1].inference
-    first, second = (
-        draw.mask(shape) for draw, shape in zip(draws, [(40, 20), (20, 40)], strict=True)
-    )  # type: ignore[attr-defined]
-    h = F.linear(x, model[0].weight * first, model[0].bias).tanh()
-    torch.testing.assert_close(y, F.linear(h, model[2].weight * second, model[2].bias))
+    masks = masks_of(draws, (40, 20), (20, 40))
+    torch.testing.assert_close(y, Masked(model, masks)(x))
 
 
 def test_a_batch_of_any_size() -> None:
@@ -213,12 +231,8 @@ def test_autocast(p: float) -> None:
     x = data(6, 20).float().requires_grad_()
     got = step(in_bf16(run), model, x)
     all_tiles(2)
-    masks = iter(
-        [draw.mask(shape) for draw, shape in zip(got.draws, [(40, 20), (20, 40)], strict=True)]
-    )  # type: ignore[attr-defined]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "dropout", lambda w, p, training: w * next(masks).to(w.dtype))
-        expected = step(in_bf16(model), model, x)
+    masked = Masked(model, masks_of(got.draws, (40, 20), (20, 40)))
+    expected = step(in_bf16(masked), model, x)
     assert got.output.dtype == expected.output.dtype == torch.bfloat16
     for name, grad in expected.grads.items():
         error = (got.grads[name] - grad).abs().max() / grad.abs().max()
@@ -240,12 +254,7 @@ def test_checkpointing_does_not_draw_again() -> None:
     outer = Checkpointed()
     run = step(compiled(outer), model, x := data(6, 20).requires_grad_())
     all_tiles(2)
-    masks = [draw.mask(shape) for draw, shape in zip(run.draws, [(40, 20), (20, 40)], strict=True)]  # type: ignore[attr-defined]
-
-    def masked(x: Tensor) -> Tensor:
-        h = F.linear(x, model[0].weight * masks[0], model[0].bias).tanh()
-        return F.linear(h, model[2].weight * masks[1], model[2].bias)
-
+    masked = Masked(model, masks_of(run.draws, (40, 20), (20, 40)))
     expected = step(masked, model, x)
     torch.testing.assert_close(run.output, expected.output)
     for name, grad in expected.grads.items():

@@ -164,6 +164,19 @@ def test_conversions_are_kept_between_mask_and_product() -> None:
     assert "aten.mm" not in ops
 
 
+def test_factors_are_kept_between_mask_and_product() -> None:
+    """As a mask made by hand is scaled: w * mask / 0.5, or by the sign."""
+
+    def scaled(mask_of: Any, x: Tensor, w: Tensor, g: Tensor) -> Any:
+        m = mask_of(w)
+        wm = -(w * m / 0.5 * 3)
+        return x @ wm.t(), g @ wm, -(g.t() @ x * 3 / 0.5) * m
+
+    ops, _ = check(scaled, data(3, 8), data(4, 8), data(3, 4))
+    assert ops.count("aten.bmm") == 3
+    assert "aten.mm" not in ops
+
+
 def test_a_gradient_that_something_else_adds_to_keeps_both() -> None:
     """A penalty on the masked weight in the same graph: its gradient is cut and added."""
 
@@ -272,7 +285,8 @@ def refusal(
 
 
 def linear(mask_of: Any, x: Tensor, w: Tensor) -> Tensor:
-    return x @ (w * mask_of(w)).t()
+    y: Tensor = x @ (w * mask_of(w)).t()
+    return y
 
 
 def test_pattern_random() -> None:
@@ -354,6 +368,6 @@ def test_nested_conversions_and_transpositions_are_followed() -> None:
 
     uses = found(fn, x, w)
     (use,) = uses.uses
-    assert use.dtypes == (torch.bfloat16, torch.float16)
+    assert [rest for _, rest in use.steps] == [(torch.bfloat16,), (torch.float16,)]
     assert not use.flipped
     assert not use.contracts_columns
