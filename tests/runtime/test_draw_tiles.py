@@ -77,13 +77,13 @@ def test_every_tile_is_kept_at_the_rate(
     assert total.mean() / DRAWS == pytest.approx(1, abs=1e-12)  # exact in every single draw
 
 
-def test_two_rows_are_kept_alike_no_more_often_than_dealing_says() -> None:
-    """Of 4 rows in 2 classes, two are in the same class with probability 1/3."""
-    alike = 0
+def test_two_rows_or_columns_are_kept_alike_no_more_often_than_dealing_says() -> None:
+    """Of 4 rows in 2 classes, two are in the same class with probability 1/3; so are columns."""
+    alike = torch.zeros(2)
     for _ in range(DRAWS):
-        place = draw(4, 4, 2, 1)[4] >= 0
-        alike += torch.equal(place[0], place[2])
-    assert abs(alike - DRAWS / 3) < 5 * math.sqrt(DRAWS * 2 / 9)
+        kept = draw(4, 4, 2, 1)[4] >= 0
+        alike += torch.tensor([torch.equal(x[0], x[2]) for x in (kept, kept.t())])
+    assert (alike - DRAWS / 3).abs().max() < 5 * math.sqrt(DRAWS * 2 / 9)
 
 
 def test_the_default_generator_decides() -> None:
