@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from benchmarks._measure import header, table, write
-from benchmarks.quality import BATCH, HIDDEN, build_model, load, mean_and_error, train
+from benchmarks._tasks import mean_and_error, mnist
+from benchmarks.quality import Look, train
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 import ardd
 from ardd.passes.row_plans import plan_rows
 from ardd.runtime.draw_rows import draw_rows
+
+BATCH, HIDDEN = 128, 1024
 
 Draw = Callable[[float, torch.Generator], Tensor]
 """Draws a mask at a rate, float32 ``[HIDDEN]`` or ``[BATCH, HIDDEN]``."""
@@ -92,20 +95,22 @@ def kinds() -> dict[str, Draw]:
     }
 
 
-def masked(model: nn.Sequential, draw: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+def masked(model: nn.Module, draw: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
     """Returns the model with masks in place of its dropouts."""
 
+    first, second, last = (layer for layer in model.children() if isinstance(layer, nn.Linear))
+
     def run(x: Tensor) -> Tensor:
-        x = model[0](x).relu() * draw()
-        x = model[3](x).relu() * draw()
-        return model[6](x)  # type: ignore[no-any-return]
+        x = first(x).relu() * draw()
+        x = second(x).relu() * draw()
+        return last(x)  # type: ignore[no-any-return]
 
     return run
 
 
-def rows(scores: Sequence[tuple[float, str, list[tuple[float, float]]]]) -> Iterator[list[str]]:
+def rows(scores: Sequence[tuple[float, str, list[Look]]]) -> Iterator[list[str]]:
     for p, name, found in scores:
-        cells = [mean_and_error(values) for values in zip(*found, strict=True)]
+        cells = [mean_and_error([x.metric for x in found]), mean_and_error([x.loss for x in found])]
         yield [str(p), name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)]
 
 
@@ -115,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's t10k files")
     parser.add_argument("--p", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--kinds", nargs="+", choices=list(kinds()), default=list(kinds()))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=620)
     parser.add_argument("--lr", type=float, default=0.02, help="of SGD, momentum 0.9, cosine")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--out", type=Path, help="folder to write the table to")
@@ -125,21 +130,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = torch.device("cpu")
     text = [header("quality_row", "Quality of row masks, MLP on MNIST", argv, device)]
-    data = load(args.data)
+    task = mnist(args.data, args.steps, args.lr)
     scores = []
     todo = [(p, name) for p in args.p for name in args.kinds]
     for p, name in track(todo, console=Console(stderr=True)):
-        found = []
+        found: list[Look] = []
         for seed in range(args.seeds):
-            model, generator = build_model(p), torch.Generator().manual_seed(1000 + seed)
+            model, generator = task.build(p), torch.Generator().manual_seed(1000 + seed)
             draw = kinds()[name]
             run = masked(model, lambda draw=draw, p=p, g=generator: draw(p, g))  # type: ignore[misc]
-            found.append(
-                train(model, run, data, epochs=args.epochs, learning_rate=args.lr, seed=seed)
-            )
+            found.append(train(task, model, run, p, seed)[-1])
         scores.append((p, name, found))
     text += [table(["p", "mask", "accuracy %", "loss"], list(rows(scores)))]
-    text += [f"\n{args.seeds} seeds, {args.epochs} epochs, {len(data.test_y)} test images; mean"]
+    text += [
+        f"\n{args.seeds} seeds, {args.steps} steps, {len(task.validation[1])} test images; mean"
+    ]
     text += ["± standard error over the seeds."]
     print("\n".join(text))
     if args.out:

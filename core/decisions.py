@@ -24,7 +24,7 @@ class Reason(enum.Enum):
     P_IS_ONE = "everything is dropped; the result is zeros"
     PATTERN_RANDOM = 'options={"pattern": "random"} asks for random masks'
     OUT_OF_FUEL = "max_rewrites was reached"
-    WEIGHT_DROPOUT = "dropout of a weight (DropConnect) is not structured yet"
+    WEIGHT_DROPOUT = "what is dropped is a weight (DropConnect) that no product takes in tiles"
     ALPHA_DROPOUT = "alpha dropout does not put zeros: nothing can be skipped"
     INSIDE_SDPA = "the dropout is inside scaled_dot_product_attention"
     INSIDE_RNN = "the dropout is between the layers of a fused RNN call"

@@ -32,7 +32,8 @@ class Options:
     row where it names none.
     """
     block_size: Literal["auto"] | int = "auto"
-    """Neighbouring features that are kept or dropped together; ``"auto"`` picks by price."""
+    """Neighbouring features that are kept or dropped together, or the side of a weight's tile;
+    ``"auto"`` picks by price."""
     rate_tolerance: float = 0.02
     """How far the rate used may be from the rate asked for, as an absolute difference.
 

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from ..core.errors import RedrawError
+from ..runtime.draw_tiles import draw_tiles
 from ..runtime.dropout_mask import dropout_mask
 from .kept_sets import DRAWS
 
@@ -32,7 +33,7 @@ def check_redraw(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
 
 
 def _ours(node: fx.Node) -> bool:
-    return node.target in (*DRAWS.values(), dropout_mask)
+    return node.target in (*DRAWS.values(), draw_tiles, dropout_mask)
 
 
 def _draws(target: object) -> bool:

@@ -23,6 +23,7 @@ from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
 from .sites import Site, decide, static_shape
 from .support import Support
+from .tile_weights import TileVerdict, tile_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +80,27 @@ class StructureDropout:
             return StructureResult(modified=False)
         if self.options.pattern == "deferred":
             return self._deferred(graph, masks)
+        model = find_cost_model(self.options.cost_model)
+        weights = {m: n for n, m in enumerate(masks) if self._site(m).of_weight}
+        tiles = tile_weights(graph, weights, self.options, model)
+        tiled = [verdict for verdict in tiles.values() if verdict.tiling]
+        device = masks[0].meta["val"].device
+        masks = masks_in(graph)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         support = Support(graph, candidates)
-        device = masks[0].meta["val"].device
-        pricer = PlanPricer(support, find_cost_model(self.options.cost_model), device)
-        verdicts = self._verdicts(graph, masks, support, pricer)
+        pricer = PlanPricer(support, model, device)
+        verdicts = self._verdicts(graph, masks, support, pricer, len(tiled))
         plans = [
             {v.choice.axis: v.choice.in_plan(plan) for v in verdicts.values() if v.choice}
             for plan in range(self.options.plans if self.options.pattern == "row" else 1)
         ]
-        decisions = tuple(self._decision(m, verdicts[m], pricer, plans) for m in masks)
+        decisions = [self._decision(m, verdicts[m], pricer, plans) for m in verdicts]
+        decisions += [self._tile_decision(mask, tiles[mask]) for mask in tiles]
+        gone = sum(verdict.flops_before - verdict.flops_after for verdict in tiled)
         result = StructureResult(
             modified=True,
-            decisions=decisions,
-            flops_before=pricer.flops(support.relations, {}),
+            decisions=tuple(decisions),
+            flops_before=pricer.flops(support.relations, {}) + gone,
             flops_after=_mean_flops(pricer, support.relations, plans),
             flops_budget=allowed_flops(support, pricer, self.options),
             same_plans=tuple(plans.index(plan) for plan in plans),
@@ -140,8 +148,14 @@ class StructureDropout:
         return StructureResult(modified=True, decisions=tuple(decisions))
 
     def _verdicts(
-        self, graph: fx.Graph, masks: list[fx.Node], support: Support, pricer: PlanPricer
+        self,
+        graph: fx.Graph,
+        masks: list[fx.Node],
+        support: Support,
+        pricer: PlanPricer,
+        n_tiled: int,
     ) -> dict[fx.Node, Verdict]:
+        masks = [mask for mask in masks if not self._site(mask).of_weight]
         refused = {m: reason for m in masks if (reason := self._refused(m, support)) is not None}
         rates = {m: _float(m.args[2]) for m in masks if m not in refused}
         features = (
@@ -150,6 +164,7 @@ class StructureDropout:
         planned = plan_patterns(support, rates, features, pricer, self.options)
         planned = meet_budget(planned, support, pricer, self.options)
         fuel = self.options.max_rewrites
+        fuel = None if fuel is None else fuel - n_tiled
         verdicts: dict[fx.Node, Verdict] = {}
         for mask in masks:
             verdict = planned.get(mask) or Verdict(None, refused[mask])
@@ -162,8 +177,6 @@ class StructureDropout:
 
     def _refused(self, mask: fx.Node, support: Support) -> Reason | None:
         """Returns why a mask cannot be structured whatever it costs, None if it can."""
-        if self._site(mask).of_weight:
-            return Reason.WEIGHT_DROPOUT
         if self.options.pattern == "random":
             return Reason.PATTERN_RANDOM
         if _float(mask.args[2]) < SMALLEST_RATE:
@@ -205,6 +218,21 @@ class StructureDropout:
         places = set(grads_of(graph, self.parameters, 0))
         nodes = [(i in places, node) for i, node in enumerate(results) if node is not None]
         return {node for is_grad, node in nodes if is_grad} - {n for g, n in nodes if not g}
+
+    def _tile_decision(self, mask: fx.Node, verdict: TileVerdict) -> Decision:
+        site, tiling = self._site(mask), verdict.tiling
+        return decide(
+            site,
+            verdict.reason,
+            taken=tiling is not None,
+            shape=static_shape(mask.meta["val"]),
+            detail=verdict.detail,
+            pattern="tile" if tiling else "random",
+            p_used=tiling.p_used if tiling else site.p,
+            block=tiling.tile[0] if tiling else None,
+            flops_before=verdict.flops_before,
+            flops_after=verdict.flops_after,
+        )
 
     def _site(self, mask: fx.Node) -> Site:
         index = mask.args[4]

@@ -43,6 +43,7 @@ PUBLIC = {
     "Report",
     "SaveReason",
     "SavedTensor",
+    "TileDraw",
     "__version__",
     "explain",
     "record_masks",

@@ -26,6 +26,7 @@ from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
 from .runtime.draw_blocks import Draw
 from .runtime.draw_blocks import record_draws as record_masks
+from .runtime.draw_tiles import TileDraw
 from .runtime.search_distribution import PeriodDistribution, search_distribution
 
 __version__ = VERSION
@@ -51,6 +52,7 @@ __all__ = [
     "Report",
     "SaveReason",
     "SavedTensor",
+    "TileDraw",
     "__version__",
     "explain",
     "record_masks",

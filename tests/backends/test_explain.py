@@ -419,7 +419,7 @@ def test_every_dropout_of_a_model_has_a_row() -> None:
         (0.25, Reason.ALPHA_DROPOUT),
         (1e-30, Reason.P_ROUNDS_TO_ZERO),
         (0.1, Reason.INSIDE_SDPA),
-        (0.5, Reason.WEIGHT_DROPOUT),
+        (0.5, Reason.SHAPE),
         (1.0, Reason.P_IS_ONE),
     ]
     assert all(d.source.startswith("test_explain.py:") for d in report.decisions)

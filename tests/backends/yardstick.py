@@ -78,6 +78,11 @@ def same_draws(first: Run, second: Run) -> bool:
 def mask_of(decision: ardd.Decision, draw: ardd.Draw) -> Tensor:
     """Returns the dense mask that a draw stands for."""
     assert decision.taken
+    if isinstance(draw, ardd.TileDraw):
+        rows, columns = decision.shape
+        assert isinstance(rows, int)
+        assert isinstance(columns, int)
+        return draw.mask((rows, columns))
     assert decision.dim is not None
     assert decision.block is not None
     kept = torch.zeros(draw.n_blocks, dtype=torch.float64)

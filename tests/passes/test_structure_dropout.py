@@ -153,8 +153,8 @@ def test_out_of_fuel() -> None:
 
 
 def test_weight_dropout() -> None:
-    """What is dropped is a weight (DropConnect): left random for now."""
-    gm = trace(lambda x, w: x @ (w * mask(w)), X, W)
+    """What is dropped is a weight that no product reads as it is: left random."""
+    gm = trace(lambda x, w: x @ (w * mask(w)).relu(), X, W)
     (decision,) = apply(gm, site(of_weight=True)).decisions
     assert refused(decision) is Reason.WEIGHT_DROPOUT
 
