@@ -1,0 +1,116 @@
+"""``ardd.compile``: torch.compile with this backend, for models with RNNs in them.
+
+Torch traces RNNs only if ``torch._dynamo.config.allow_rnn`` is set, which is set here for the calls
+of one model alone: torch keeps its configuration for each thread by itself. Nothing that was
+compiled before is compiled anew for it, because no guard reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from .dynamo import compile_graph, parse_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a user asked for."""
+
+    options: Mapping[str, object] | None = None
+    mode: str | None = None
+    dynamic: bool | None = None
+    fullgraph: bool = False
+
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that compiles a module or a function when it is called."""
+        given: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": self.dynamic}
+        if self.options is not None:
+            given["options"] = dict(self.options)
+        if self.mode is not None:
+            given["mode"] = self.mode
+        compiled = torch.compile(in_own_frame(fn), backend=_compile_graph, **given)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._dynamo.config.patch(allow_rnn=True):
+                return compiled(*args, **kwargs)
+
+        return call
+
+
+class CompiledModule(OptimizedModule):
+    """A compiled module, with the parameters, the state and the attributes of the original."""
+
+    def _initialize(self) -> None:
+        self.forward = self.dynamo_ctx.compile(self._orig_mod)
+        self._torchdynamo_orig_callable = self._orig_mod.forward
+        if hasattr(self._orig_mod, "_initialize_hook"):  # lazy: its parameters have no shapes yet
+            self._forward = self.forward
+            self.forward = self._call_lazy_check
+
+
+def compile_with_rnns(
+    model: Callable[..., Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Callable[..., Any]:
+    """Compiles a model, the RNNs in it too; see `ardd.compile`."""
+    parse_options(options)
+    recipe = Recipe(options, mode, dynamic, fullgraph)
+    if isinstance(model, nn.Module):
+        return CompiledModule(model, recipe)  # type: ignore[arg-type]  # it only passes it on
+    call = functools.update_wrapper(recipe.compile(model), model)
+    call._ardd_recipe = recipe  # type: ignore[attr-defined]
+    call._torchdynamo_orig_callable = model  # type: ignore[attr-defined]
+    return call
+
+
+def recipe_of(fn: object) -> Recipe | None:
+    """Returns what `compile_with_rnns` was asked for, None where something else compiled."""
+    found = fn.dynamo_ctx if isinstance(fn, CompiledModule) else getattr(fn, "_ardd_recipe", None)
+    return found if isinstance(found, Recipe) else None
+
+
+def in_own_frame(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that calls another, and whose code is no other function's.
+
+    Dynamo keeps what it compiled with the code of a function, and there it also notes that it gave
+    up on one: once a call without ``allow_rnn`` has met an RNN, it would never look at it again.
+    """
+
+    def call_model(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    own = types.FunctionType(
+        call_model.__code__.replace(),
+        call_model.__globals__,
+        call_model.__name__,
+        call_model.__defaults__,
+        call_model.__closure__,
+    )
+    own.__kwdefaults__ = call_model.__kwdefaults__
+    return own
+
+
+def _compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Another name for the backend, so that no graph cut at an RNN is taken for one of ours."""
+    return compile_graph(gm, example_inputs, options=options, mode=mode)
+
+
+_compile_graph.reset = compile_graph.reset  # type: ignore[attr-defined]
