@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
 
 from .dynamo import compile_graph, parse_options
@@ -39,8 +40,12 @@ class Recipe:
         compiled = torch.compile(in_own_frame(fn), backend=_compile_graph, **given)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with torch._dynamo.config.patch(allow_rnn=True):
+            before = config.allow_rnn
+            config.allow_rnn = True  # config.patch would take 60 us
+            try:
                 return compiled(*args, **kwargs)
+            finally:
+                config.allow_rnn = before
 
         return call
 

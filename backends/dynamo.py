@@ -31,6 +31,7 @@ from ..passes.split_rnns import SplitRnns, loses_dropout
 from .compilation import Compilation
 from .find_suspects import find_suspects
 from .no_redraw import no_redraw
+from .uncaptured import forget_rnns
 
 logger: Final = logging.getLogger("ardd")
 
@@ -80,6 +81,7 @@ def compile_graph(
 def _reset() -> None:
     """Forgets the report; `torch._dynamo.reset` calls it."""
     report.clear()
+    forget_rnns()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None and torch.cuda.is_available():
         trees.reset_cudagraph_trees()  # as the wrapper of stock Inductor does

@@ -41,6 +41,7 @@ PUBLIC = {
     "SaveReason",
     "SavedTensor",
     "__version__",
+    "compile",
     "explain",
     "record_masks",
     "register_cost_model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .core.decisions import Decision, Reason
@@ -16,8 +17,7 @@ from .core.errors import (
     RedrawError,
 )
 from .core.options import Options
-from .core.report import GraphReport, Report
-from .core.report import current as report
+from .core.report import GraphReport, Report, current
 from .core.saves import SavedTensor, SaveReason
 from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
@@ -45,11 +45,52 @@ __all__ = [
     "SaveReason",
     "SavedTensor",
     "__version__",
+    "compile",
     "explain",
     "record_masks",
     "register_cost_model",
     "report",
 ]
+
+
+def compile(  # noqa: A001  # as torch.compile, in whose place it is called
+    model: Callable[..., Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="ardd", ...)`` that traces ``nn.LSTM``, ``nn.GRU``, ``nn.RNN``.
+
+    Torch itself ends the graph at an RNN. For all other models the two are the same.
+
+    Args:
+        model: a module or a function.
+        options: see `ardd.Options`.
+        mode: see `torch.compile`, as for the next two.
+        dynamic: see there.
+        fullgraph: see there.
+
+    Returns:
+        A module for a module, with its parameters, state and attributes, else a function.
+
+    Raises:
+        OptionsError: an option is unknown or has a value it cannot have.
+        CostModelError: the cost model is unknown, or cannot be made.
+    """
+    from .backends import compile_rnns  # loads the compiler: only when asked to
+
+    return compile_rnns.compile_with_rnns(
+        model, options=options, mode=mode, dynamic=dynamic, fullgraph=fullgraph
+    )
+
+
+def report() -> Report:
+    """Returns what was compiled so far in this process, and which RNNs torch did not capture."""
+    from .backends.uncaptured import uncaptured_rnns
+
+    return replace(current(), notes=uncaptured_rnns())
 
 
 def explain(
