@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..core.errors import DerivativeError
 from . import rnn_cudnn, rnn_loop, rnn_onednn
 
 # The schemas name what the rules of the support analysis look up.
 _WEIGHTS = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
-_RESULTS = "Tensor y, Tensor h, Tensor c, Tensor reserve, Tensor packed, Tensor width"
+_RESULTS = "Tensor y, Tensor h, Tensor c, Tensor reserve, Tensor extra, Tensor width"
 
 
 def choose_kernel(kind: str, x: Tensor, hidden: int) -> str:
@@ -66,13 +66,14 @@ def run_layer(
         reserve: what backward needs. For ``loop`` ``[T, N, R]`` with the gates. The other two know
             the size of theirs only when they run: it is a view, of a size that the graph can know,
             of memory that is larger.
-        packed: the same for the weights that ``cudnn`` packs, else ``[0]``.
+        extra: for ``cudnn`` the same for the weights as it packed them; for ``onednn`` int64
+            ``[2]``, how large that memory is and where, which tells a copy from it; else ``[0]``.
         width: ``[I, 0]``, no memory at all, but backward learns from it what I was in the forward.
 
     Raises:
         ValueError: the kernel is none of the three.
     """
-    packed, hidden = x.new_empty(0), h0.shape[1]
+    extra = x.new_empty(0)
     if kernel == "loop":
         y, h, c, reserve = rnn_loop.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse)
     elif kernel == "onednn":
@@ -81,15 +82,17 @@ def run_layer(
         y, h, c, reserve = rnn_onednn.forward(*args)
     elif kernel == "cudnn":
         args = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse, save)
-        y, h, c, reserve, packed = rnn_cudnn.forward(*args)
+        y, h, c, reserve, extra = rnn_cudnn.forward(*args)
     else:
         raise ValueError(f"Kernel {kernel!r} is not known. Expected 'loop', 'onednn' or 'cudnn'.")
     if not save:
-        reserve, packed = x.new_empty(0), x.new_empty(0)
-    elif kernel != "loop":
-        reserve = _shown(reserve, _shown_bytes(kernel, x, hidden))
-        packed = _shown(packed, 1) if kernel == "cudnn" else packed
-    return y, h, c, reserve, packed, x.new_empty(x.shape[2], 0)
+        reserve, extra = x.new_empty(0), x.new_empty(0)
+    elif kernel == "onednn":
+        reserve = _shown(reserve, rnn_onednn.workspace_bytes(x, h0.shape[1]))
+        extra = torch.tensor(_place(reserve))
+    elif kernel == "cudnn":
+        reserve, extra = _shown(reserve, 1), _shown(extra, 1)
+    return y, h, c, reserve, extra, x.new_empty(x.shape[2], 0)
 
 
 def run_layer_backward(
@@ -106,7 +109,7 @@ def run_layer_backward(
     y: Tensor,
     c: Tensor,
     reserve: Tensor,
-    packed: Tensor,
+    extra: Tensor,
     width: Tensor,
     kind: str,
     reverse: bool,
@@ -129,7 +132,7 @@ def run_layer_backward(
         y: what it returned, as the next four.
         c: see there.
         reserve: see there.
-        packed: see there.
+        extra: see there.
         width: see there.
         kind: as given to it, as the next two.
         reverse: see there.
@@ -144,31 +147,27 @@ def run_layer_backward(
         args = (dy, dh, dc, x, h0, c0, w_ih, w_hh, y, reserve, kind, reverse, wanted)
         grads = rnn_loop.backward(*args)
     else:
-        if _is_lost(reserve) or (kernel == "cudnn" and _is_lost(packed)) or len(width) < x.shape[2]:
+        if _is_lost(reserve, extra, kernel) or len(width) < x.shape[2]:
             # A copy of a view has not what lies behind it. And of an input whose zeros the forward
             # left out, the kernel kept the rest alone. It is rare: run the forward again.
             again = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse, kernel, True)
-            y, _, c, reserve, packed, width = run_layer(*again)
+            y, _, c, reserve, extra, width = run_layer(*again)
         assert len(width) == x.shape[2], f"{len(width)} features forward, {x.shape[2]} backward"
-        reserve, packed = _whole(reserve), _whole(packed)
+        reserve = _whole(reserve)
         if kernel == "onednn":
             assert c0 is not None
             given = (dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, reserve, reverse)
             grads = list(rnn_onednn.backward(*given))
         else:
             grads = rnn_cudnn.backward(
-                *(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, reserve, packed),
-                *(kind, reverse, wanted),
+                *(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, reserve),
+                *(_whole(extra).view(x.dtype), kind, reverse, wanted),
             )
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh = (
         grad.contiguous() if grad is not None and want else x.new_empty(0)
         for grad, want in zip(grads, wanted, strict=True)
     )
     return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh
-
-
-def _shown_bytes(kernel: str, x: Any, hidden: Any) -> Any:
-    return rnn_onednn.workspace_bytes(x, hidden) if kernel == "onednn" else 1
 
 
 def _shown(memory: Tensor, size: int) -> Tensor:
@@ -181,9 +180,19 @@ def _shown(memory: Tensor, size: int) -> Tensor:
     return memory[:size]
 
 
-def _is_lost(view: Tensor) -> bool:
-    """Returns whether only what can be seen of the memory is left."""
-    return view.untyped_storage().nbytes() <= view.numel()
+def _is_lost(reserve: Tensor, extra: Tensor, kernel: str) -> bool:
+    """Returns whether only what can be seen of the memory is left.
+
+    oneDNN takes an address alone and would read on behind a copy; cuDNN takes the size as well,
+    and to ask for a number on the device would mean to wait for it.
+    """
+    if kernel == "onednn":
+        return _place(reserve) != extra.tolist()
+    return any(view.untyped_storage().nbytes() <= view.numel() for view in (reserve, extra))
+
+
+def _place(view: Tensor) -> list[int]:
+    return [view.untyped_storage().nbytes(), view.data_ptr()]
 
 
 def _whole(view: Tensor) -> Tensor:
@@ -206,16 +215,16 @@ def _fake_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (steps, samples, features), hidden = x.shape, h0.shape[1]
     cell = x.new_empty(samples, hidden) if kind == "lstm" else x.new_empty(0)
-    packed = x.new_empty(0)
-    if not save:
-        reserve = x.new_empty(0)
-    elif kernel == "loop":
+    reserve, extra = x.new_empty(0), x.new_empty(0)
+    if save and kernel == "loop":
         reserve = x.new_empty(steps, samples, rnn_loop.RESERVED[kind] * hidden)
-    else:
-        reserve = x.new_empty(_shown_bytes(kernel, x, hidden), dtype=torch.uint8)
-        packed = x.new_empty(1, dtype=torch.uint8) if kernel == "cudnn" else packed
+    elif save and kernel == "onednn":
+        reserve = x.new_empty(rnn_onednn.workspace_bytes(x, hidden), dtype=torch.uint8)
+        extra = x.new_empty(2, dtype=torch.int64)
+    elif save:
+        reserve, extra = (x.new_empty(1, dtype=torch.uint8) for _ in range(2))
     y, h = x.new_empty(steps, samples, hidden), x.new_empty(samples, hidden)
-    return y, h, cell, reserve, packed, x.new_empty(features, 0)
+    return y, h, cell, reserve, extra, x.new_empty(features, 0)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -243,12 +252,32 @@ class _RnnLayer(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Any, dh: Any, dc: Any, *_: Any) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:7])
         grads = rnn_layer_backward(dy, dh, dc, *ctx.saved_tensors, *ctx.call, wanted)
         given = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return (*given, None, None, None, None)
+
+
+class _RnnLayerBackward(torch.autograd.Function):
+    """Raises where a second derivative is taken, and not before."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return rnn_layer_backward(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        raise DerivativeError("ardd::rnn_layer")
+
+
+def _once_differentiable(*args: Any) -> tuple[Tensor, ...]:
+    tensors = (arg for arg in args if isinstance(arg, Tensor))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _RnnLayerBackward.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return rnn_layer_backward(*args)  # type: ignore[no-any-return]
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
@@ -268,7 +297,7 @@ _LIB.define(
 )
 _LIB.define(
     f"rnn_layer_backward(Tensor? dy, Tensor? dh, Tensor? dc, {_WEIGHTS}, Tensor y, Tensor c,"
-    " Tensor reserve, Tensor packed, Tensor width, str kind, bool reverse, str kernel,"
+    " Tensor reserve, Tensor extra, Tensor width, str kind, bool reverse, str kernel,"
     " bool[7] wanted) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh,"
     " Tensor db_ih, Tensor db_hh)",
     tags=_TAGS,
@@ -276,11 +305,11 @@ _LIB.define(
 _LIB.impl("rnn_layer", run_layer, "CompositeExplicitAutograd")
 _LIB.impl("rnn_layer_backward", run_layer_backward, "CompositeExplicitAutograd")
 _LIB.impl("rnn_layer", _differentiable, "Autograd")
-_LIB.impl("rnn_layer_backward", _library.fallthrough_kernel, "Autograd")
+_LIB.impl("rnn_layer_backward", _once_differentiable, "Autograd")
 _library.register_fake("ardd::rnn_layer", _fake_layer, lib=_LIB)
 _library.register_fake("ardd::rnn_layer_backward", _fake_backward, lib=_LIB)
 
 rnn_layer = torch.ops.ardd.rnn_layer.default
-"""``rnn_layer(...) -> (y, h, c, reserve, packed, width)``, see ``run_layer``."""
+"""``rnn_layer(...) -> (y, h, c, reserve, extra, width)``, see ``run_layer``."""
 rnn_layer_backward = torch.ops.ardd.rnn_layer_backward.default
 """``rnn_layer_backward(...) -> (dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh)``."""

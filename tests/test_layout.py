@@ -28,6 +28,7 @@ PUBLIC = {
     "CostModel",
     "CostModelError",
     "Decision",
+    "DerivativeError",
     "Draw",
     "GraphReport",
     "OpCost",

@@ -512,8 +512,13 @@ class Call:
 
     def check_zero(self, label: int, kept: Tensor) -> None:
         """Whatever of the operands is zero outside the kept set, or altogether."""
+        many = len(self.relation.operands) > 8  # of all operands, every subset would be tried
         choices = [
-            [NOTHING, *([S] if label in labels_in(dims) else []), EVERYTHING]
+            [NOTHING, S, EVERYTHING]
+            if label in labels_in(dims)
+            else [NOTHING]
+            if many
+            else [NOTHING, EVERYTHING]
             for dims in self.relation.operands
         ]
         for facts in itertools.product(*choices):
