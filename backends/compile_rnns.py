@@ -118,4 +118,5 @@ def _compile_graph(
     return compile_graph(gm, example_inputs, options=options, mode=mode)
 
 
+_compile_graph.__name__ = "ardd"  # in the messages of torch
 _compile_graph.reset = compile_graph.reset  # type: ignore[attr-defined]

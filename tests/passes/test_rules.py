@@ -305,8 +305,8 @@ ROWS: list[Row] = [
     Row(aten.cumsum.default, lambda: (f(4, 6), 1), "a. -> a.", "-"),
     *(Row(op.default, lambda: (f(2, 4, 6), -1, False), "ab. -> ab.", "-") for op in (aten._softmax, aten._log_softmax)),
     # Gathers and scatters
-    Row(aten.embedding.default, lambda: (f(10, 6), i(10, 4, 2)), ".a bc -> bca", "0"),
-    Row(aten.embedding_dense_backward.default, lambda: (f(4, 2, 6), i(10, 4, 2), 10, -1, False), "..a .. -> .a", "0"),
+    Row(aten.embedding.default, lambda: (f(8, 6), i(8, 4, 2)), ".a bc -> bca", "0"),
+    Row(aten.embedding_dense_backward.default, lambda: (f(4, 2, 6), i(8, 4, 2), 8, -1, False), "..a .. -> .a", "0"),
     Row(aten.index.Tensor, lambda: (f(4, 6), [i(4, 3)]), ".a . -> .a", "0"),
     Row(aten.index.Tensor, lambda: (f(4, 6, 8), [None, i(6, 3, 5)]), "a.b .. -> a..b", "0"),
     Row(aten.index.Tensor, lambda: (f(2, 4, 6, 8), [i(2, 3), None, i(6, 3)]), ".a.b . . -> .ab", "0"),
@@ -397,6 +397,8 @@ OPAQUE: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
     (aten.sort.default, lambda: (f(4, 6),)),
     (aten.frexp.Tensor, lambda: (f(4, 6),)),
     (aten.as_strided.default, lambda: (f(4, 6), [4, 6], [6, 1])),
+    (aten.embedding.default, lambda: (f(10, 6), i(10, 4, 2))),
+    (aten.embedding_dense_backward.default, lambda: (f(4, 2, 6), i(10, 4, 2), 10, -1, False)),
     (rnn_layer_backward, lambda: layer_backward("lstm", True, [True] + [False] * 6)),
 ]  # fmt: skip
 
