@@ -54,7 +54,8 @@ class CompiledModule(OptimizedModule):
     """A compiled module, with the parameters, the state and the attributes of the original."""
 
     def _initialize(self) -> None:
-        self.forward = self.dynamo_ctx.compile(self._orig_mod)
+        recipe: Any = self.dynamo_ctx  # what it was made with, as `compile_with_rnns` did
+        self.forward = recipe.compile(self._orig_mod)
         self._torchdynamo_orig_callable = self._orig_mod.forward
         if hasattr(self._orig_mod, "_initialize_hook"):  # lazy: its parameters have no shapes yet
             self._forward = self.forward

@@ -83,7 +83,9 @@ def compare(units: int, p: float, args: argparse.Namespace) -> list[str]:
     decisions = ardd.explain(ardd.compile(model), ids).decisions
     used = [d.p_used if d.taken and d.p_used is not None else 0.0 for d in decisions]
     kept = [round((1 - rate) * units) for rate in used]
-    models = {name: copy.deepcopy(model) for name in ("ardd", "eager", "inductor")}
+    models: dict[str, nn.Module] = {
+        name: copy.deepcopy(model) for name in ("ardd", "eager", "inductor")
+    }
     models["floor"] = Floor(args.words, units, kept).to(device)
     runs: dict[str, Callable[..., Any]] = {
         "ardd": ardd.compile(models["ardd"], options={"strict": True}, fullgraph=True),

@@ -112,7 +112,7 @@ def train(sides: Sequence[Side], text: Tensor, valid: Tensor, steps: int) -> Non
     )  # fmt: skip
     with Progress(*columns) as progress:
         bars = [progress.add_task(s.name, total=steps, note="compiling ...") for s in sides]
-        batches, pause = iter(()), max(1, steps // 10)
+        batches, pause = sequences(text[:0]), max(1, steps // 10)
         for done in range(1, steps + 1):
             batch = next(batches, None)
             if batch is None:  # the text begins anew
@@ -157,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run: Callable[..., Any] = model if name == "eager" else ardd.compile(model)
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
         sides.append(Side(name, model, run, optimizer, model.first_state()))
-    rich.print(f"{len(text):,} words, {words:,} of them different; 2 layers of {units} units, p {p}")
+    rich.print(
+        f"{len(text):,} words, {words:,} of them different; 2 layers of {units} units, p {p}"
+    )
     train(sides, train_text, valid_text, args.steps)
     eager, ours = (side.seconds[WARMUP_STEPS:] for side in sides)
     faster = statistics.median(a / b for a, b in zip(eager, ours, strict=True))

@@ -128,9 +128,7 @@ def backward(
     return [*grads, *of_weights[:4]]
 
 
-def _weights(
-    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> list[Tensor]:
+def _weights(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:
     given = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     return [weight.contiguous() for weight in given]
 

@@ -78,11 +78,11 @@ def run_layer(
         y, h, c, reserve = rnn_loop.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse)
     elif kernel == "onednn":
         assert c0 is not None
-        args = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save)
-        y, h, c, reserve = rnn_onednn.forward(*args)
+        y, h, c, reserve = rnn_onednn.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save)
     elif kernel == "cudnn":
-        args = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse, save)
-        y, h, c, reserve, extra = rnn_cudnn.forward(*args)
+        y, h, c, reserve, extra = rnn_cudnn.forward(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse, save
+        )
     else:
         raise ValueError(f"Kernel {kernel!r} is not known. Expected 'loop', 'onednn' or 'cudnn'.")
     if not save:
@@ -197,7 +197,7 @@ def _place(view: Tensor) -> list[int]:
 
 def _whole(view: Tensor) -> Tensor:
     storage = view.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=view.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=view.device).set_(storage)
 
 
 def _fake_layer(

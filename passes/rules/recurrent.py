@@ -45,9 +45,7 @@ def rnn_layer_backward(node: fx.Node) -> Relation | None:
     def zero_of_x(facts: Sequence[Facts]) -> Facts:
         return facts[x]
 
-    outputs = [
-        Output(none * len(value.shape), never, (x, w_ih)) for value in node.meta["val"]
-    ]
+    outputs = [Output(none * len(value.shape), never, (x, w_ih)) for value in node.meta["val"]]
     outputs[0] = Output(dims(None, None, FEATURES), zero_of_w)
     outputs[_W_IH] = Output(dims(None, FEATURES), zero_of_x)
     per_feature, recurrent = _flops(node)

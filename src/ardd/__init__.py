@@ -63,9 +63,9 @@ def compile(  # noqa: A001  # as torch.compile, in whose place it is called
     dynamic: bool | None = None,
     fullgraph: bool = False,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend="ardd", ...)`` that traces ``nn.LSTM``, ``nn.GRU``, ``nn.RNN``.
+    """``torch.compile(model, backend="ardd", ...)`` that traces RNNs, where torch ends the graph.
 
-    Torch itself ends the graph at an RNN. For all other models the two are the same.
+    For models without ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` the two are the same.
 
     Args:
         model: a module or a function.

@@ -90,7 +90,9 @@ def bits(*shape: int) -> Tensor:
     return torch.randint(1, 8, shape)
 
 
-def layer(kind: str, bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Tensor | None, ...]:
+def layer(
+    kind: str, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor | None, ...]:
     """Operands of a recurrent layer: 3 steps of 2 samples with 8 features, 4 hidden units."""
     rows = {"lstm": 16, "gru": 12}.get(kind, 4)
     shapes = [(3, 2, 8), (2, 4), (2, 4), (rows, 8), (rows, 4), (rows,), (rows,)]

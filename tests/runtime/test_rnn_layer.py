@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 import ardd
 from ardd.runtime import rnn_cudnn, rnn_layer, rnn_onednn
-from ardd.runtime.rnn_layer import choose_kernel, run_layer, run_layer_backward
+from ardd.runtime.rnn_layer import choose_kernel
+
+# Their operands come in lists
+run_layer: Any = rnn_layer.run_layer
+run_layer_backward: Any = rnn_layer.run_layer_backward
 
 KINDS: dict[str, Callable[..., nn.RNNBase]] = {
     "lstm": nn.LSTM,
@@ -155,9 +159,7 @@ def test_cudnn(kind: str, dtype: torch.dtype, bias: bool, reverse: bool) -> None
         compare(kind, "loop", dtype, bias=bias, reverse=reverse, device="cuda")
 
 
-def operands(
-    kind: str, dtype: torch.dtype = torch.float64, *, steps: int = STEPS
-) -> list[Any]:
+def operands(kind: str, dtype: torch.dtype = torch.float64, *, steps: int = STEPS) -> list[Any]:
     rows = {"lstm": 4, "gru": 3}.get(kind, 1) * HIDDEN
     shapes = [(steps, SAMPLES, FEATURES), (SAMPLES, HIDDEN), (SAMPLES, HIDDEN)]
     shapes += [(rows, FEATURES), (rows, HIDDEN), (rows,), (rows,)]
@@ -345,7 +347,9 @@ def test_a_workspace_that_is_smaller_than_the_graph_thinks(
 
 
 @pytest.mark.parametrize("save", [False, True])
-@pytest.mark.parametrize(("kind", "kernel"), [("lstm", "loop"), ("gru", "loop"), ("lstm", "onednn")])
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("lstm", "loop"), ("gru", "loop"), ("lstm", "onednn")]
+)
 def test_opcheck(kind: str, kernel: str, save: bool) -> None:
     dtype = torch.float32 if kernel == "onednn" else torch.float64
     tensors = operands(kind, dtype)
