@@ -1,17 +1,18 @@
 """``ardd.compile``: torch.compile with this backend, for models with RNNs in them.
 
 Torch traces RNNs only if ``torch._dynamo.config.allow_rnn`` is set, which is set here for the calls
-of one model alone: torch keeps its configuration for each thread by itself. Nothing that was
-compiled before is compiled anew for it, because no guard reads it.
+of one model alone. Nothing that was compiled before is compiled anew for it, because no guard reads
+it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 from torch import fx, nn
@@ -30,8 +31,11 @@ class Recipe:
     dynamic: bool | None = None
     fullgraph: bool = False
 
-    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function that compiles a module or a function when it is called."""
+        owner = getattr(fn, "__self__", None)
+        if isinstance(owner, nn.Module) and fn.__name__ == owner.__call__.__name__:
+            fn = owner
         given: dict[str, Any] = {"fullgraph": self.fullgraph, "dynamic": self.dynamic}
         if self.options is not None:
             given["options"] = dict(self.options)
@@ -40,26 +44,13 @@ class Recipe:
         compiled = torch.compile(in_own_frame(fn), backend=_compile_graph, **given)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = config.allow_rnn
-            config.allow_rnn = True  # config.patch would take 60 us
+            before = _allow_rnns()
             try:
                 return compiled(*args, **kwargs)
             finally:
-                config.allow_rnn = before
+                _put_back(before)
 
         return call
-
-
-class CompiledModule(OptimizedModule):
-    """A compiled module, with the parameters, the state and the attributes of the original."""
-
-    def _initialize(self) -> None:
-        recipe: Any = self.dynamo_ctx  # what it was made with, as `compile_with_rnns` did
-        self.forward = recipe.compile(self._orig_mod)
-        self._torchdynamo_orig_callable = self._orig_mod.forward
-        if hasattr(self._orig_mod, "_initialize_hook"):  # lazy: its parameters have no shapes yet
-            self._forward = self.forward
-            self.forward = self._call_lazy_check
 
 
 def compile_with_rnns(
@@ -74,8 +65,9 @@ def compile_with_rnns(
     parse_options(options)
     recipe = Recipe(options, mode, dynamic, fullgraph)
     if isinstance(model, nn.Module):
-        return CompiledModule(model, recipe)  # type: ignore[arg-type]  # it only passes it on
-    call = functools.update_wrapper(recipe.compile(model), model)
+        # It asks of its context only to be called with what it is to run.
+        return OptimizedModule(model, cast("Any", recipe))
+    call = functools.update_wrapper(recipe(model), model)
     call._ardd_recipe = recipe  # type: ignore[attr-defined]
     call._torchdynamo_orig_callable = model  # type: ignore[attr-defined]
     return call
@@ -83,7 +75,7 @@ def compile_with_rnns(
 
 def recipe_of(fn: object) -> Recipe | None:
     """Returns what `compile_with_rnns` was asked for, None where something else compiled."""
-    found = fn.dynamo_ctx if isinstance(fn, CompiledModule) else getattr(fn, "_ardd_recipe", None)
+    found = getattr(fn, "dynamo_ctx" if isinstance(fn, OptimizedModule) else "_ardd_recipe", None)
     return found if isinstance(found, Recipe) else None
 
 
@@ -106,6 +98,35 @@ def in_own_frame(fn: Callable[..., Any]) -> Callable[..., Any]:
     )
     own.__kwdefaults__ = call_model.__kwdefaults__
     return own
+
+
+# Torch 2.11 has one configuration for all threads, in which a call that ends must not take from
+# another one what it set; later versions have one for each thread.
+_SHARED: Final = not hasattr(torch.utils._config_module, "ContextVar")
+_lock = threading.Lock()
+_calls = 0
+_before_all = False
+
+
+def _allow_rnns() -> bool:
+    """Sets ``allow_rnn``, and returns what it was. ``config.patch`` would take 60 us."""
+    global _calls, _before_all
+    with _lock:
+        before: bool = config.allow_rnn
+        if _SHARED:
+            _before_all = before if _calls == 0 else _before_all
+            _calls += 1
+        config.allow_rnn = True
+    return before
+
+
+def _put_back(before: bool) -> None:
+    global _calls
+    with _lock:
+        if _SHARED:
+            _calls -= 1
+            before = _calls > 0 or _before_all
+        config.allow_rnn = before
 
 
 def _compile_graph(

@@ -46,7 +46,7 @@ class SplitRnns:
     1. A layer becomes one op for each direction if all of its tensors have one floating type and
        one device, the sequences are not packed, and there are no projections.
     2. Else, and under autocast, it becomes a call of the RNN for that layer alone, which is left
-       to torch. Where there is nothing to lose by that, the call is not touched at all.
+       to torch. Where there is no dropout in between, it is not touched at all.
     3. Without a dropout in between, as in eval mode, layers are split all the same.
     """
 
@@ -117,6 +117,11 @@ class _Call:
         return self.layers > 1 and train is not False and not (isinstance(p, float) and p == 0)
 
     @property
+    def projects(self) -> bool:
+        """Whether the states are projected."""
+        return len(self.weights[0]) > (4 if self.args["has_biases"] else 2)
+
+    @property
     def weights(self) -> list[list[fx.Node]]:
         """Those of every layer and direction."""
         params = list(self.args["params"])
@@ -142,7 +147,8 @@ def _calls_in(gm: fx.GraphModule) -> Iterator[_Call]:
 def _split(call: _Call) -> bool:
     """Replaces a call, and returns whether it did."""
     as_ops = _fits_op(call)
-    if not as_ops and not call.drops:
+    # Torch 2.11 gives the last states of a layer with projections a dimension too many.
+    if not as_ops and not call.drops and not call.projects:
         return False
     build = _Builder(call)
     results = build.ops() if as_ops else build.calls()
@@ -162,8 +168,8 @@ def _fits_op(call: _Call) -> bool:
     values = [tensor_of(tensor) for tensor in tensors]
     if call.packed or not all(is_floating(tensor) for tensor in tensors):
         return False
-    if any(len(given) != (4 if call.args["has_biases"] else 2) for given in call.weights):
-        return False  # projections
+    if call.projects:
+        return False
     first = values[0]
     assert first is not None
     if any(v is None or (v.dtype, v.device) != (first.dtype, first.device) for v in values):
@@ -259,7 +265,8 @@ class _Builder:
             self._value(rnn, call, first)
             results = [self.add(operator.getitem, rnn, i) for i in range(1 + len(first))]
             x, *last = results
-            lasts.append(last)
+            pairs = zip(last, first, strict=True)
+            lasts.append([self.add("view_as", state, before) for state, before in pairs])
             if layer < call.layers - 1:
                 x = self.dropout(x)
         return [x, *(self.add(torch.cat, states) for states in zip(*lasts, strict=True))]
