@@ -238,6 +238,21 @@ def test_inductor(kind: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPat
         assert len(runs) == (2 if kind == "lstm" else 0)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda(kind: str) -> None:
+    """On cuDNN, with dropouts that drop nothing, so that eager is the reference."""
+    module = Tagger(KINDS[kind](16, 32, 2, dropout=1e-30, bidirectional=True), 1e-30).cuda()
+    compiled = ardd.compile(module, options={"strict": True}, fullgraph=True)
+    x = torch.randn(5, 3, 16, device="cuda", requires_grad=True)
+    wanted = [x, *module.parameters()]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        have, want = compiled(x), module(x)
+        grads = [torch.autograd.grad(sum(y.sum() for y in r), wanted) for r in (have, want)]
+    for a, b in zip((*have, *grads[0]), (*want, *grads[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 # ---- a language model --------------------------------------------------------------------
 
 

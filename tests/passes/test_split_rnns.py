@@ -49,7 +49,7 @@ def count(gm: fx.GraphModule, target: Any) -> int:
     ],
 )
 def test_one_op_for_every_layer_and_direction(
-    kind: type[nn.RNNBase], options: dict[str, Any], layers: int, dropouts: int
+    kind: Callable[..., nn.RNNBase], options: dict[str, Any], layers: int, dropouts: int
 ) -> None:
     module = kind(6, 4, **options)
     gm, modified = split(module, data(3, 2, 6))
@@ -70,11 +70,11 @@ def data_like() -> Tensor:
 
 def inputs_of(gm: fx.GraphModule, module: nn.Module) -> list[Tensor]:
     """Returns what the graph was traced with, on other data."""
-    parameters = {tuple(p.shape) + (n,): p for n, p in module.named_parameters()}
+    parameters = dict(module.named_parameters())
     found = []
     for node in gm.graph.find_nodes(op="placeholder"):
-        name = [n for (*_, n) in parameters if node.name.endswith(f"_parameters_{n}_")]
-        found.append(dict(module.named_parameters())[name[0]] if name else data_like())
+        names = [name for name in parameters if node.name.endswith(f"_parameters_{name}_")]
+        found.append(parameters[names[0]] if names else data_like())
     return found
 
 
@@ -100,11 +100,11 @@ def test_dropout_says_where_it_comes_from() -> None:
 
 
 def test_function_with_named_arguments() -> None:
-    weights = [data(4, 6), data(4, 4)] + [data(4, 4), data(4, 4)]
+    weights = [data(4, 6), data(4, 4), data(4, 4), data(4, 4)]
 
     def f(x: Tensor, h: Tensor) -> Any:
         names = ("params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
-        given = dict(zip(names, (weights, False, 2, 0.5, True, False), strict=True))
+        given: Any = dict(zip(names, (weights, False, 2, 0.5, True, False), strict=True))
         return torch.rnn_tanh(x, h, **given, batch_first=False)
 
     gm, _ = split(f, data(3, 2, 6), data(2, 2, 4))
