@@ -178,29 +178,37 @@ class _Absence:
     def rnn(self) -> None:
         """Dynamo does not trace RNNs unless told, and gives up on the frame that calls one."""
         if torch._dynamo.config.allow_rnn:
+            self._packed_rnn()
             return
-        if self.breaks and not any("RNN" in reason for reason in self.breaks):
+        blamed = any("RNN" in reason for reason in self.breaks)
+        if self.breaks and not blamed:
             return
-        kinds = {
-            f"nn.{type(module).__name__}"
+        rnns = [
+            f"nn.{type(module).__name__} ({path})" if path else f"nn.{type(module).__name__}"
             for root in self.roots
-            for _, module in root.paths()
+            for path, module in root.paths()
             if isinstance(module, nn.RNNBase)
-        }
-        if not kinds:
+        ]
+        if not rnns:
             return
         why = (
-            f"torch does not trace {' and '.join(sorted(kinds))}, nor what follows it in the same "
-            "function; set torch._dynamo.config.allow_rnn = True"
+            f"torch does not trace {' and '.join(dict.fromkeys(rnns))}, nor what follows it in the "
+            "same function; use ardd.compile(model) in place of torch.compile, which traces it"
         )
-        if any(isinstance(holder.module, nn.RNNBase) for holder in self.missing):
-            # Every ahead-of-time backend, Inductor included, then runs torch's decomposition of
-            # the RNN, whose test for "not the last layer" is never true.
-            why += (
-                ", and put nn.Dropout between RNNs of one layer, because torch loses the "
-                "dropout= between the layers of one when it traces it"
+        if self.missing:
+            self._settle(self.missing, why)
+        elif blamed:
+            self.notes.append(f"{why[0].upper()}{why[1:]}.")
+
+    def _packed_rnn(self) -> None:
+        """The sizes of packed batches are data, which ends the graph: the RNN runs as in eager."""
+        sizes = ("_local_scalar_dense", "pack_padded_sequence", "pad_packed_sequence")
+        if any(name in reason for reason in self.breaks for name in sizes):
+            self._settle(
+                [holder for holder in self.missing if isinstance(holder.module, nn.RNNBase)],
+                "torch does not trace RNNs of packed sequences, and runs them as without "
+                "torch.compile; give them a padded batch",
             )
-        self._settle(self.missing, why)
 
     def lost_path(self) -> None:
         """After a break torch calls a module by its place on the stack, not by its path."""

@@ -27,10 +27,12 @@ from ..core.options import Options
 from ..passes.cost_model import find_cost_model
 from ..passes.cut_graphs import size_hint
 from ..passes.mark_dropout import MarkDropout
+from ..passes.split_rnns import SplitRnns, loses_dropout
 from .compilation import Compilation
 from .find_suspects import find_suspects
 from .no_redraw import no_redraw
 from .plan_switch import switch_plans
+from .uncaptured import forget_rnns
 from .watch_rates import forget_rates, watch_rates
 
 logger: Final = logging.getLogger("ardd")
@@ -99,6 +101,7 @@ def _reset() -> None:
     """Forgets the report; `torch._dynamo.reset` calls it."""
     report.clear()
     forget_rates()
+    forget_rnns()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None and torch.cuda.is_available():
         trees.reset_cudagraph_trees()  # as the wrapper of stock Inductor does
@@ -134,7 +137,15 @@ def compile_marked(
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
-    original, marked = copy_graph_module(gm), copy_graph_module(gm)
+    original = copy_graph_module(gm)
+    try:
+        SplitRnns().apply(original)
+    except Exception as cause:
+        original, failure = copy_graph_module(gm), PassError(SplitRnns.name, cause)
+        if loses_dropout(original):  # torch's own decomposition would drop nothing
+            raise failure from cause
+        return _run_original(original, inputs, compilation, target, failure)
+    marked = copy_graph_module(original)
     try:
         result = MarkDropout().apply(marked)
     except Exception as cause:

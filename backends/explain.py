@@ -15,12 +15,15 @@ from torch._dynamo.utils import counters
 
 from ..core.errors import ArddError
 from ..core.report import GraphReport, Report
+from ..passes.split_rnns import SplitRnns
 from .absence import explain_absence, roots_of
 from .compilation import Compilation
+from .compile_rnns import in_own_frame, recipe_of
 from .dynamo import compile_marked, copy_graph_module, parse_options, unwrapped
 from .inductor import trace_with_inductor
 from .keep_state import keep_state
 from .measure_saves import measure_saves
+from .uncaptured import forget_rnns, rnn_breaks
 
 _BREAKS = ("graph_break", "unimplemented")
 
@@ -52,6 +55,9 @@ def explain(
         PassError: a pass failed, and the options say strict.
         RedrawError: backward would draw a mask again, and the options say strict.
     """
+    recipe = recipe_of(fn)
+    if options is None and recipe is not None:
+        options = recipe.options
     parsed = parse_options(options)
     as_torch = dataclasses.replace(parsed, saves="off", memory_budget=None)
     entries: list[GraphReport] = []
@@ -62,7 +68,9 @@ def explain(
             traced = compile_marked(gm, inputs, compilation, trace_with_inductor)
         except ArddError as error:
             raise unwrapped(error) from error.__cause__
-        trace_with_inductor(copy_graph_module(gm), inputs, stock)
+        stock_gm = copy_graph_module(gm)
+        SplitRnns().apply(stock_gm)  # or torch would take minutes, to lose a dropout
+        trace_with_inductor(stock_gm, inputs, stock)
         entry, place = compilation.report(stock), len(entries)
         entries.append(entry)
 
@@ -76,12 +84,16 @@ def explain(
 
     fn = _as_written(fn)
     modules = [root.module for root in roots_of(fn)]
-    breaks = _breaks()
-    with keep_state(modules), torch._dynamo.config.patch(recompile_limit=sys.maxsize):
-        torch.compile(fn, backend=dry_run, **_ISOLATED)(*args, **kwargs)
-    decisions = [decision for entry in entries for decision in entry.decisions]
-    new_breaks = [*(_breaks() - breaks)]
-    return Report(tuple(entries), explain_absence(fn, len(entries), decisions, new_breaks))
+    breaks, rnns = _breaks(), rnn_breaks()
+    allow_rnn = recipe is not None or torch._dynamo.config.allow_rnn
+    settings = {"recompile_limit": sys.maxsize, "allow_rnn": allow_rnn}
+    with keep_state(modules), torch._dynamo.config.patch(settings):
+        target = fn if recipe is None else in_own_frame(fn)
+        torch.compile(target, backend=dry_run, **_ISOLATED)(*args, **kwargs)
+        decisions = [decision for entry in entries for decision in entry.decisions]
+        notes = explain_absence(fn, len(entries), decisions, [*(_breaks() - breaks)])
+    forget_rnns(rnn_breaks() - rnns)  # said here, and not in the report of what was compiled
+    return Report(tuple(entries), notes)
 
 
 # What a function was compiled for here must not count against the limit of its recompiles, at

@@ -226,6 +226,24 @@ class DistributionError(ArddError, ValueError):
         )
 
 
+class DerivativeError(ArddError, NotImplementedError):
+    """A derivative was asked for that an op does not have.
+
+    Args:
+        op: What has no such derivative.
+    """
+
+    def __init__(self, op: str) -> None:
+        super().__init__(op)
+        self.op = op
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op} has no second derivative. Expected first derivatives alone; for others, "
+            "as with create_graph=True, run the model uncompiled."
+        )
+
+
 class PayloadError(ArddError, ValueError):
     """An encoded tensor does not have the parts that its encoding gives."""
 

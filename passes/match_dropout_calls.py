@@ -59,7 +59,9 @@ _DROPOUTS: Final = {
 _ALPHA: Final = frozenset(
     ("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_")
 )
-_RNNS: Final = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+WRITTEN_AS: Final = "ardd_written_as"
+"""Where a node says what the user wrote, if it is not the user's own call."""
+RNNS: Final = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 DRAWS: Final = frozenset((*_DROPOUTS, *_ALPHA))
 """Names of the functions matched here whose result is random."""
 
@@ -79,13 +81,13 @@ def match_dropout_call(node: fx.Node) -> DropoutCall | LeftAlone | None:
         return _match_sdpa(node)
     if name == "multi_head_attention_forward":
         return _match_multi_head_attention(node)
-    if name in _RNNS:
+    if name in RNNS:
         return _match_rnn(node, name)
     return None
 
 
 def _match_dropout(node: fx.Node, name: str) -> DropoutCall | LeftAlone | None:
-    kind = name.rstrip("_")
+    kind = str(node.meta.get(WRITTEN_AS, name.rstrip("_")))
     x = argument(node, 0, "input")
     p = argument(node, 1, "p", 0.5)
     if not _is_on(node) or not isinstance(x, fx.Node):

@@ -136,6 +136,7 @@ class PlanPricer:
         )
         out_bytes = sum(_expr(v.numel()) * v.element_size() for v in values)
         flops = _expr(relation.product_flops) * math.prod(label_sizes.values())
+        flops += _expr(relation.fixed_flops)
         return OpCost(
             "product",
             str(node.target),

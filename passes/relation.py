@@ -78,6 +78,8 @@ class Relation:
     """Position of an argument that lists sizes, and the labels of that list."""
     product_flops: int | torch.SymInt = 0
     """FLOPs of each point of the label space; 0 for everything but products."""
+    fixed_flops: int | torch.SymInt = 0
+    """FLOPs that no label shrinks, such as those of a recurrence."""
 
 
 def dims(*labels: int | None) -> Dims:

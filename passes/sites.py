@@ -16,7 +16,7 @@ TORCH_DIR: Final = os.path.dirname(torch.__file__) + os.sep
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
 _REGISTRY: Final = re.compile(r"\._(?:modules|parameters|buffers)(?=\[)")
 _ROOT: Final = re.compile(r"^[LG]\['[^']*'\](\.__closure__\[\d+\]\.cell_contents)?")
-_BOUND: Final = re.compile(r"[^.]+\.__self__\.")  # a bound method kept as an attribute
+_BOUND: Final = re.compile(r"(?:[^.]+\.)?__self__\.")  # a bound method kept as an attribute
 _KEY: Final = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 
 

@@ -29,6 +29,8 @@ DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
     F.dropout3d: lambda rank: range(2, rank),
 }
 
+RNNS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
 # How far a result may be from the reference, relative to the largest number in it. The same sums
 # are taken in another order, over up to a few thousand terms: some 1e-13 and 1e-4 was seen.
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -69,15 +71,52 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         """Replaces dropouts, and runs everything else as it is."""
         kwargs = kwargs or {}
+        if func in RNNS:
+            return self._rnn(func, *args, **kwargs)
         if func not in DROPOUTS:
             return func(*args, **kwargs)
         x, p, training, inplace = _arguments(*args, **kwargs)
         if not training or p == 0:
             return x
+        mask = self._next_mask(x, DROPOUTS[func](x.dim()))
+        return x.mul_(mask) if inplace else x * mask
+
+    def _rnn(
+        self,
+        func: Any,
+        x: Tensor,
+        hx: Any,
+        params: Sequence[Tensor],
+        has_biases: bool,
+        layers: int,
+        p: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, ...]:
+        """Runs an RNN by torch's own layers, one by one, with the masks in between."""
+        each, directions = len(params) // layers, 2 if bidirectional else 1
+        states = hx if func == torch.lstm else [hx]
+        lasts = []
+        for layer in range(layers):
+            first = tuple(s[layer * directions : (layer + 1) * directions] for s in states)
+            x, *last = func(
+                x,
+                first if func == torch.lstm else first[0],
+                params[layer * each : (layer + 1) * each],
+                *(has_biases, 1, 0.0, train, bidirectional, batch_first),
+            )
+            lasts.append(last)
+            if train and p and layer < layers - 1:
+                steps_first = x.transpose(0, 1) if batch_first else x
+                mask = self._next_mask(steps_first, ())
+                x = x * (mask.transpose(0, 1) if batch_first else mask)
+        return (x, *(torch.cat(of_layers) for of_layers in zip(*lasts, strict=True)))
+
+    def _next_mask(self, x: Tensor, shared: Sequence[int]) -> Tensor:
         site = self.count
         self.count += 1
-        mask = self._mask(x, self._decisions[site], DROPOUTS[func](x.dim()))
-        return x.mul_(mask) if inplace else x * mask
+        return self._mask(x, self._decisions[site], shared)
 
     def _mask(self, x: Tensor, decision: ardd.Decision, shared: Sequence[int]) -> Tensor:
         sizes = [1 if dim in shared else size for dim, size in enumerate(x.shape)]

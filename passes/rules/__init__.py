@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from ...runtime import rnn_layer
 from ..relation import Relation, tensor_operands
-from . import contraction, gather_scatter, layout, pointwise, reduction
+from . import contraction, gather_scatter, layout, pointwise, recurrent, reduction
 
 Rule = Callable[[fx.Node], Relation | None]
 
@@ -48,6 +49,8 @@ def rule_table() -> dict[object, Rule]:
         aten.baddbmm: contraction.baddbmm,
         aten.convolution: contraction.convolution,
         aten.convolution_backward: contraction.convolution_backward,
+        rnn_layer.rnn_layer.overloadpacket: recurrent.rnn_layer,
+        rnn_layer.rnn_layer_backward.overloadpacket: recurrent.rnn_layer_backward,
         aten.permute: layout.permute,
         aten.transpose: layout.transpose,
         aten.t: layout.transpose,

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..cut_graphs import size_hint
 from ..relation import Dims, Factor, Output, Relation, dims, never, shape_of, tensor_operands
 from .pointwise import first
 
 
-def embedding(node: fx.Node) -> Relation:
-    """``weight[v, c]`` at ``indices`` -> ``[*indices, c]``."""
-    indices = tensor_operands(node)[1]
+def embedding(node: fx.Node) -> Relation | None:
+    """``weight[v, c]`` at ``indices`` -> ``[*indices, c]``.
+
+    Opaque where there are more words than are looked up: to cut what was looked up moves less than
+    to cut the weight, and to expand its gradient.
+    """
+    weight, indices = tensor_operands(node)
+    if _elements(indices) < size_hint(shape_of(weight)[0]):
+        return None
     rank = len(shape_of(indices))
     where: Dims = tuple((Factor(1 + d),) for d in range(rank))
     return Relation((dims(None, 0), where), (Output((*where, (Factor(0),)), first),))
 
 
-def embedding_dense_backward(node: fx.Node) -> Relation:
-    """``grad[*indices, c]`` -> ``[v, c]``."""
-    rank = len(shape_of(tensor_operands(node)[0]))
+def embedding_dense_backward(node: fx.Node) -> Relation | None:
+    """``grad[*indices, c]`` -> ``[v, c]``, opaque where `embedding` is."""
+    grad_, indices = tensor_operands(node)
+    if _elements(indices) < size_hint(shape_of(node)[0]):
+        return None
+    rank = len(shape_of(grad_))
     grad: Dims = ((),) * (rank - 1) + ((Factor(0),),)
     return Relation((grad, ((),) * (rank - 1)), (Output(dims(None, 0), first),))
 
@@ -96,6 +107,11 @@ def channelwise(node: fx.Node) -> Relation | None:
         Output(labels, first if output.dtype.is_floating_point else never) for output in values
     )
     return Relation((labels,) * len(operands), outputs)
+
+
+def _elements(node: fx.Node) -> int:
+    """Returns the elements of a tensor, at the sizes of the example call."""
+    return math.prod(map(size_hint, shape_of(node)))
 
 
 def _spatial(node: fx.Node) -> int:

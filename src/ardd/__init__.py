@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from .backends.set_rate import set_rate
@@ -11,6 +12,7 @@ from .core.errors import (
     ArddError,
     BudgetError,
     CostModelError,
+    DerivativeError,
     DistributionError,
     OptionsError,
     PassError,
@@ -19,8 +21,7 @@ from .core.errors import (
     RedrawError,
 )
 from .core.options import Options
-from .core.report import GraphReport, Report
-from .core.report import current as report
+from .core.report import GraphReport, Report, current
 from .core.saves import SavedTensor, SaveReason
 from .core.version import VERSION
 from .passes.cost_model import CostModel, OpCost, register_cost_model
@@ -37,6 +38,7 @@ __all__ = [
     "CostModel",
     "CostModelError",
     "Decision",
+    "DerivativeError",
     "DistributionError",
     "Draw",
     "GraphReport",
@@ -54,6 +56,7 @@ __all__ = [
     "SavedTensor",
     "TileDraw",
     "__version__",
+    "compile",
     "explain",
     "record_masks",
     "register_cost_model",
@@ -61,6 +64,47 @@ __all__ = [
     "search_distribution",
     "set_rate",
 ]
+
+
+def compile(  # noqa: A001  # as torch.compile, in whose place it is called
+    model: Callable[..., Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="ardd", ...)`` that traces RNNs, where torch ends the graph.
+
+    For models without ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` the two are the same.
+
+    Args:
+        model: a module or a function.
+        options: see `ardd.Options`.
+        mode: see `torch.compile`, as for the next two.
+        dynamic: see there.
+        fullgraph: see there.
+
+    Returns:
+        A module for a module, with its parameters, state and attributes, else a function.
+
+    Raises:
+        OptionsError: an option is unknown or has a value it cannot have.
+        CostModelError: the cost model is unknown, or cannot be made.
+    """
+    from .backends import compile_rnns  # loads the compiler: only when asked to
+
+    return compile_rnns.compile_with_rnns(
+        model, options=options, mode=mode, dynamic=dynamic, fullgraph=fullgraph
+    )
+
+
+def report() -> Report:
+    """Returns what was compiled so far in this process, and which RNNs torch did not capture."""
+    from .backends.uncaptured import uncaptured_rnns
+
+    so_far = current()
+    return replace(so_far, notes=so_far.notes + uncaptured_rnns())
 
 
 def explain(

@@ -179,15 +179,30 @@ def test_rnn(kind: Callable[..., nn.Module]) -> None:
     model = Tagger(kind(8, 8, 2, dropout=0.5, batch_first=True))
     (note,) = explain_absence(model, 1, found("before"), [RNN])
     name = kind.__name__
-    assert note.startswith(f"rnn, after: torch does not trace nn.{name}, ")
-    assert "set torch._dynamo.config.allow_rnn = True, and put nn.Dropout between RNNs" in note
+    assert note.startswith(f"rnn, after: torch does not trace nn.{name} (rnn), ")
+    assert "use ardd.compile(model)" in note
     assert explain_absence(model, 1, found("before")) == (note,)
 
 
 def test_rnn_without_dropout_hides_what_follows_it() -> None:
     (note,) = explain_absence(Tagger(nn.GRU(8, 8)), 1, found("before"), [RNN])
-    assert note.startswith("after: torch does not trace nn.GRU, ")
-    assert note.endswith("allow_rnn = True.")
+    assert note.startswith("after: torch does not trace nn.GRU (rnn), ")
+    assert note.endswith("use ardd.compile(model) in place of torch.compile, which traces it.")
+
+
+def test_rnn_that_hides_no_dropout_is_named_all_the_same() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.GRU(8, 8))
+    assert explain_absence(model, 1, found("0")) == ()
+    (note,) = explain_absence(model, 1, found("0"), [RNN])
+    assert note.startswith("Torch does not trace nn.GRU (1), ")
+
+
+def test_rnn_of_a_packed_sequence() -> None:
+    model = Tagger(nn.LSTM(8, 8, 2, dropout=0.5))
+    breaks = ["Operator `aten._local_scalar_dense.default` has a non-Tensor output"]
+    with torch._dynamo.config.patch(allow_rnn=True):
+        (note,) = explain_absence(model, 2, found("before", "after"), breaks)
+    assert note.startswith("rnn: torch does not trace RNNs of packed sequences")
 
 
 def test_rnn_that_torch_was_told_to_trace() -> None:

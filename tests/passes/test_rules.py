@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from ardd.passes.facts import EVERYTHING, NOTHING, Facts, KeptAxis
 from ardd.passes.relation import Dims, Factor, Output, Relation
 from ardd.passes.rules import relation_of, rule_table
+from ardd.runtime.rnn_layer import rnn_layer, rnn_layer_backward
 
 aten, prims = torch.ops.aten, torch.ops.prims
 rule_table()  # some of the ops exist only once Inductor has registered them
@@ -87,6 +88,24 @@ def binary(op: Any, zero: str, x: Callable[..., Tensor] = signed) -> list[Row]:
 
 def bits(*shape: int) -> Tensor:
     return torch.randint(1, 8, shape)
+
+
+def layer(
+    kind: str, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor | None, ...]:
+    """Operands of a recurrent layer: 3 steps of 2 samples with 8 features, 4 hidden units."""
+    rows = {"lstm": 16, "gru": 12}.get(kind, 4)
+    shapes = [(3, 2, 8), (2, 4), (2, 4), (rows, 8), (rows, 4), (rows,), (rows,)]
+    tensors: list[Tensor | None] = [signed(*shape).to(dtype) for shape in shapes]
+    tensors[2] = tensors[2] if kind == "lstm" else None
+    return (*tensors[:5], *(tensors[5:] if bias else (None, None)))
+
+
+def layer_backward(kind: str, bias: bool, wanted: list[bool]) -> tuple[Any, ...]:
+    tensors = layer(kind, bias)
+    y, _, c, *reserved = rnn_layer(*tensors, kind, True, "loop", True)
+    grads = (signed(3, 2, 4), None, signed(2, 4) if kind == "lstm" else None)
+    return (*grads, *tensors, y, c, *reserved, kind, True, "loop", wanted)
 
 
 KEEP_ZERO = (
@@ -210,6 +229,31 @@ ROWS: list[Row] = [
         for n in (1, 2, 3)
         for mask in ([True, True, True], [True, True, False], [False, True, False], [True, False, False])
     ),
+    # Recurrent layers
+    Row(rnn_layer, lambda: (*layer("lstm"), "lstm", False, "loop", True), "..a .. .. .a .. . . -> ... .. .. ? ? ?", "-, -, -, ?, ?, ?"),
+    Row(rnn_layer, lambda: (*layer("lstm", False), "lstm", True, "loop", True), "..a .. .. .a .. -> ... .. .. ? ? ?", "-, -, -, ?, ?, ?"),
+    Row(
+        rnn_layer,
+        lambda: (*layer("lstm", True, torch.float32), "lstm", True, "onednn", True),
+        "..a .. .. .a .. . . -> ... .. .. ? ? ?",
+        "-, -, -, ?, ?, ?",
+    ),
+    *(
+        Row(rnn_layer, lambda k=k: (*layer(k), k, False, "loop", False), "..a .. .a .. . . -> ... .. . ? ? ?", "-, -, -, ?, ?, ?")  # type: ignore[misc]
+        for k in ("gru", "rnn_tanh", "rnn_relu")
+    ),
+    Row(
+        rnn_layer_backward,
+        lambda: layer_backward("lstm", True, [True] * 7),
+        "... .. ..a .. .. .a .. . . ... .. ... . .. -> ..a .. .. .a .. . .",
+        "5, -, -, 2, -, -, -",
+    ),
+    Row(
+        rnn_layer_backward,
+        lambda: layer_backward("gru", False, [False, True, False, True, True, False, False]),
+        "... ..a .. .a .. ... . ... . .. -> ? .. ? .a .. ? ?",
+        "?, -, ?, 1, -, ?, ?",
+    ),
     # Layout
     Row(aten.permute.default, lambda: (f(2, 4, 6), [2, 0, 1]), "abc -> cab", "0"),
     Row(aten.permute.default, lambda: (f(2, 4, 6), [-1, 0, -2]), "abc -> cab", "0"),
@@ -263,8 +307,8 @@ ROWS: list[Row] = [
     Row(aten.cumsum.default, lambda: (f(4, 6), 1), "a. -> a.", "-"),
     *(Row(op.default, lambda: (f(2, 4, 6), -1, False), "ab. -> ab.", "-") for op in (aten._softmax, aten._log_softmax)),
     # Gathers and scatters
-    Row(aten.embedding.default, lambda: (f(10, 6), i(10, 4, 2)), ".a bc -> bca", "0"),
-    Row(aten.embedding_dense_backward.default, lambda: (f(4, 2, 6), i(10, 4, 2), 10, -1, False), "..a .. -> .a", "0"),
+    Row(aten.embedding.default, lambda: (f(8, 6), i(8, 4, 2)), ".a bc -> bca", "0"),
+    Row(aten.embedding_dense_backward.default, lambda: (f(4, 2, 6), i(8, 4, 2), 8, -1, False), "..a .. -> .a", "0"),
     Row(aten.index.Tensor, lambda: (f(4, 6), [i(4, 3)]), ".a . -> .a", "0"),
     Row(aten.index.Tensor, lambda: (f(4, 6, 8), [None, i(6, 3, 5)]), "a.b .. -> a..b", "0"),
     Row(aten.index.Tensor, lambda: (f(2, 4, 6, 8), [i(2, 3), None, i(6, 3)]), ".a.b . . -> .ab", "0"),
@@ -355,6 +399,9 @@ OPAQUE: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = [
     (aten.sort.default, lambda: (f(4, 6),)),
     (aten.frexp.Tensor, lambda: (f(4, 6),)),
     (aten.as_strided.default, lambda: (f(4, 6), [4, 6], [6, 1])),
+    (aten.embedding.default, lambda: (f(10, 6), i(10, 4, 2))),
+    (aten.embedding_dense_backward.default, lambda: (f(4, 2, 6), i(10, 4, 2), 10, -1, False)),
+    (rnn_layer_backward, lambda: layer_backward("lstm", True, [True] + [False] * 6)),
 ]  # fmt: skip
 
 
@@ -469,8 +516,13 @@ class Call:
 
     def check_zero(self, label: int, kept: Tensor) -> None:
         """Whatever of the operands is zero outside the kept set, or altogether."""
+        many = len(self.relation.operands) > 8  # of all operands, every subset would be tried
         choices = [
-            [NOTHING, *([S] if label in labels_in(dims) else []), EVERYTHING]
+            [NOTHING, S, EVERYTHING]
+            if label in labels_in(dims)
+            else [NOTHING]
+            if many
+            else [NOTHING, EVERYTHING]
             for dims in self.relation.operands
         ]
         for facts in itertools.product(*choices):

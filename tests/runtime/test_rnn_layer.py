@@ -1,0 +1,371 @@
+"""One recurrent layer: against torch's own RNNs, whatever computes it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ardd
+from ardd.runtime import rnn_cudnn, rnn_layer, rnn_onednn
+from ardd.runtime.rnn_layer import choose_kernel
+
+# Their operands come in lists
+run_layer: Any = rnn_layer.run_layer
+run_layer_backward: Any = rnn_layer.run_layer_backward
+
+KINDS: dict[str, Callable[..., nn.RNNBase]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn_tanh": nn.RNN,
+    "rnn_relu": lambda *args, **kwargs: nn.RNN(*args, nonlinearity="relu", **kwargs),
+}
+STEPS, SAMPLES, FEATURES, HIDDEN = 5, 3, 6, 4
+# Rounding of a few hundred terms, relative to numbers of the size of 1 to 10. oneDNN's sigmoid and
+# tanh are approximations of their own.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+def compare(
+    kind: str,
+    kernel: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    bias: bool = True,
+    reverse: bool = False,
+    sizes: tuple[int, int, int, int] = (STEPS, SAMPLES, FEATURES, HIDDEN),
+    used: tuple[bool, bool, bool] = (True, True, True),
+    device: str = "cpu",
+    reference: torch.dtype | None = None,
+) -> None:
+    """Checks results and all gradients against a module of torch, in double precision."""
+    steps, samples, features, hidden = sizes
+    module = KINDS[kind](features, hidden, bias=bias, device=device, dtype=dtype)
+    x = torch.randn(steps, samples, features, device=device, dtype=dtype)
+    states = [torch.randn(samples, hidden, device=device, dtype=dtype) for _ in range(2)]
+    states = states[: 2 if kind == "lstm" else 1]
+    inputs = [t.detach().requires_grad_() for t in (x, *states, *module.parameters())]
+    x, h0, *rest = inputs
+    c0 = rest.pop(0) if kind == "lstm" else None
+    weights = [*rest, *([] if bias else [None, None])]
+    y, h, c, *_ = torch.ops.ardd.rnn_layer(x, h0, c0, *weights, kind, reverse, kernel, False)
+    have = [y, h, *([c] if kind == "lstm" else [])]
+
+    wide = torch.float64 if reference is None else reference
+    module = KINDS[kind](features, hidden, bias=bias, device=device, dtype=wide)
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), rest, strict=True):
+            parameter.copy_(value)
+    x2, *states2 = (t.detach().to(wide).requires_grad_() for t in inputs[: 1 + len(states)])
+    first = tuple(state[None] for state in states2)
+    y2, last = module(x2.flip(0) if reverse else x2, first if kind == "lstm" else first[0])
+    y2 = y2.flip(0) if reverse else y2
+    want = [y2, *(state[0] for state in (last if kind == "lstm" else (last,)))]
+
+    for a, b in zip(have, want, strict=True):
+        close(a, b, dtype)
+    seeds = [torch.randn_like(a) for a in have]
+
+    def grads(results: list[Tensor], to: list[Tensor]) -> tuple[Tensor | None, ...]:
+        loss = sum(
+            (r * s.to(r.dtype)).sum() for r, s, u in zip(results, seeds, used, strict=False) if u
+        )
+        assert isinstance(loss, Tensor)
+        return torch.autograd.grad(loss, to, allow_unused=True)
+
+    expected = grads(want, [x2, *states2, *module.parameters()])
+    for a, b in zip(grads(have, inputs), expected, strict=True):
+        close(a, b, dtype)
+
+
+def close(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> None:
+    assert a is not None
+    b = torch.zeros_like(a) if b is None else b
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loop(kind: str, bias: bool, reverse: bool) -> None:
+    compare(kind, "loop", bias=bias, reverse=reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_onednn(bias: bool, reverse: bool) -> None:
+    compare("lstm", "onednn", torch.float32, bias=bias, reverse=reverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loop_in_other_types(kind: str, dtype: torch.dtype) -> None:
+    compare(kind, "loop", dtype)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs bfloat16 in oneDNN"
+)
+def test_onednn_in_bfloat16() -> None:
+    """It rounds as nn.LSTM does, which runs it too."""
+    compare("lstm", "onednn", torch.bfloat16, reference=torch.bfloat16)
+
+
+USED = [used for used in itertools.product([False, True], repeat=3) if any(used)]
+
+
+@pytest.mark.parametrize("used", USED[:-1])
+@pytest.mark.parametrize("kernel", ["loop", "onednn"])
+def test_results_that_nobody_uses(kernel: str, used: tuple[bool, bool, bool]) -> None:
+    """Their gradients are missing, not zeros."""
+    compare("lstm", kernel, torch.float32, used=used)
+    compare("lstm", kernel, torch.float32, used=used, reverse=True)
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 6, 4), (5, 1, 1, 1), (5, 3, 17, 33), (5, 3, 40, 4)])
+@pytest.mark.parametrize(("kind", "kernel"), [(k, "loop") for k in KINDS] + [("lstm", "onednn")])
+def test_sizes(kind: str, kernel: str, sizes: tuple[int, int, int, int]) -> None:
+    compare(kind, kernel, torch.float32, sizes=sizes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_samples(kind: str) -> None:
+    compare(kind, "loop", sizes=(5, 0, 6, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_steps(kind: str) -> None:
+    """Torch refuses this; here the state stays what it was."""
+    tensors = operands(kind, steps=0)
+    y, h, *_ = torch.ops.ardd.rnn_layer(*tensors, kind, False, "loop", False)
+    assert y.shape == (0, SAMPLES, HIDDEN)
+    assert torch.equal(h, tensors[1])
+    assert not torch.autograd.grad(h.sum(), tensors[4])[0].any()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cudnn(kind: str, dtype: torch.dtype, bias: bool, reverse: bool) -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        compare(kind, "cudnn", dtype, bias=bias, reverse=reverse, device="cuda")
+        compare(kind, "loop", dtype, bias=bias, reverse=reverse, device="cuda")
+
+
+def operands(kind: str, dtype: torch.dtype = torch.float64, *, steps: int = STEPS) -> list[Any]:
+    rows = {"lstm": 4, "gru": 3}.get(kind, 1) * HIDDEN
+    shapes = [(steps, SAMPLES, FEATURES), (SAMPLES, HIDDEN), (SAMPLES, HIDDEN)]
+    shapes += [(rows, FEATURES), (rows, HIDDEN), (rows,), (rows,)]
+    tensors: list[Any] = [torch.randn(s, dtype=dtype).requires_grad_() for s in shapes]
+    if kind != "lstm":
+        tensors[2] = None
+    return tensors
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_finite_differences(kind: str, reverse: bool) -> None:
+    tensors = operands(kind, steps=3)
+    given = [t for t in tensors if t is not None]
+
+    def fn(*given: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(given)
+        args = [None if t is None else next(rest) for t in tensors]
+        y, h, c, *_ = torch.ops.ardd.rnn_layer(*args, kind, reverse, "loop", False)
+        return (y, h, c) if kind == "lstm" else (y, h)
+
+    assert torch.autograd.gradcheck(fn, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_wanted_has_a_gradient(kind: str) -> None:
+    """A first layer on data costs no gradient of the data."""
+    tensors = [t if t is None else t.detach() for t in operands(kind)]
+    y, _, c, *reserved = run_layer(*tensors, kind, False, "loop", True)
+    dy = torch.ones_like(y)
+    for at, tensor in enumerate(tensors):
+        wanted = [i == at for i in range(7)]
+        grads = run_layer_backward(
+            dy, None, None, *tensors, y, c, *reserved, kind, False, "loop", wanted
+        )
+        if tensor is not None:
+            assert [g.numel() > 0 for g in grads] == wanted
+            assert grads[at].shape == tensor.shape
+
+
+def test_operands_in_any_order_of_memory() -> None:
+    """Transposed, sliced and expanded, for every kernel."""
+    base = operands("lstm", torch.float32)
+    odd = list(base)
+    odd[0] = base[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    odd[1] = base[1].detach().t().contiguous().t().requires_grad_()
+    odd[3] = base[3].detach().t().contiguous().t().requires_grad_()
+    odd[4] = torch.stack([base[4].detach()] * 2, 2)[..., 0].requires_grad_()
+    for kernel in ("loop", "onednn"):
+        results = []
+        for tensors in (base, odd):
+            y, h, c, *_ = torch.ops.ardd.rnn_layer(*tensors, "lstm", False, kernel, False)
+            seed = torch.ones(1, 1, HIDDEN).expand_as(y)
+            grads = torch.autograd.grad([y, h, c], tensors, [seed, seed[0], seed[1]])
+            results.append([y, h, c, *grads])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_second_derivative_is_refused() -> None:
+    tensors = operands("gru")
+    y, *_ = torch.ops.ardd.rnn_layer(*tensors, "gru", False, "loop", False)
+    (dx,) = torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
+    with pytest.raises(ardd.DerivativeError, match="has no second derivative"):
+        dx.square().sum().backward()
+
+
+def test_no_gradient_keeps_nothing() -> None:
+    tensors = operands("lstm")
+    with torch.no_grad():
+        results = torch.ops.ardd.rnn_layer(*tensors, "lstm", False, "loop", False)
+    assert results[3].numel() == 0
+    assert not any(result.requires_grad for result in results)
+
+
+def test_unknown_kernel() -> None:
+    with pytest.raises(ValueError, match="Kernel 'fast' is not known"):
+        run_layer(*operands("lstm"), "lstm", False, "fast", False)
+
+
+def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 3, 6)
+    onednn = "onednn" if torch.backends.mkldnn.is_available() else "loop"
+    assert choose_kernel("lstm", x, 4) == onednn
+    assert choose_kernel("lstm", x.double(), 4) == "loop"
+    assert choose_kernel("lstm", x.half(), 4) == "loop"
+    assert choose_kernel("lstm", x[:, :0], 4) == "loop"
+    assert choose_kernel("gru", x, 4) == "loop"
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    assert choose_kernel("lstm", x, 4) == "loop"
+    monkeypatch.setattr(rnn_cudnn, "supports", lambda x: True)
+    assert choose_kernel("gru", x, 4) == "cudnn"
+
+
+# ---- the memory that oneDNN keeps, of which the graph sees a part -------------------------
+
+
+def both_ways(tensors: list[Any], change: Callable[[list[Any]], None] = lambda r: None) -> Any:
+    """Returns the gradients of a layer on oneDNN, with what it saved changed before backward."""
+    y, _, c, *reserved = run_layer(*tensors, "lstm", False, "onednn", True)
+    change(reserved)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return run_layer_backward(
+        dy, None, None, *tensors, y, c, *reserved, "lstm", False, "onednn", [True] * 7
+    )
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Notes for every forward on oneDNN how many features it had."""
+    seen: list[int] = []
+    forward = rnn_onednn.forward
+
+    def counted(x: Tensor, *args: Any) -> Any:
+        seen.append(x.shape[2])
+        return forward(x, *args)
+
+    monkeypatch.setattr(rnn_onednn, "forward", counted)
+    return seen
+
+
+def data() -> list[Any]:
+    return [tensor.detach() for tensor in operands("lstm", torch.float32)]
+
+
+def test_the_workspace_is_used_again(runs: list[int]) -> None:
+    both_ways(data())
+    assert runs == [FEATURES]
+
+
+def test_a_copy_of_the_workspace_has_lost_it(runs: list[int]) -> None:
+    """What oneDNN reads would lie outside of the copy: the forward runs again."""
+    tensors = data()
+
+    def copy(reserved: list[Any]) -> None:
+        reserved[0] = reserved[0].clone()
+
+    def copy_with_room(reserved: list[Any]) -> None:
+        size = reserved[0].untyped_storage().nbytes()
+        reserved[0] = torch.zeros(size, dtype=torch.uint8)[: len(reserved[0])].copy_(reserved[0])
+
+    for change in (copy, copy_with_room):
+        runs.clear()
+        for a, b in zip(both_ways(tensors, change), both_ways(tensors), strict=True):
+            torch.testing.assert_close(a, b)
+        assert runs == [FEATURES] * 3
+
+
+def test_features_that_only_the_backward_has(runs: list[int]) -> None:
+    """The forward left zeros of the input out, the backward has them: the forward runs again."""
+    tensors = data()
+    tensors[0][..., 4:] = 0
+    cut = [tensors[0][..., :4], *tensors[1:3], tensors[3][:, :4], *tensors[4:]]
+    y, _, c, *reserved = run_layer(*cut, "lstm", False, "onednn", True)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    rest = (y, c, *reserved, "lstm", False, "onednn", [True] * 7)
+    grads = run_layer_backward(dy, None, None, *tensors, *rest)
+    for a, b in zip(grads, both_ways(tensors), strict=True):
+        torch.testing.assert_close(a, b)
+    assert runs == [4, FEATURES, FEATURES]
+
+
+def test_features_that_only_the_forward_had() -> None:
+    """The rules of the support analysis rule it out, and it would be wrong."""
+    tensors = data()
+    y, _, c, *reserved = run_layer(*tensors, "lstm", False, "onednn", True)
+    cut = [tensors[0][..., :4], *tensors[1:3], tensors[3][:, :4], *tensors[4:]]
+    rest = (y, c, *reserved, "lstm", False, "onednn", [True] * 7)
+    with pytest.raises(AssertionError, match="6 features forward, 4 backward"):
+        run_layer_backward(y, None, None, *cut, *rest)
+
+
+def test_a_workspace_that_is_smaller_than_the_graph_thinks(
+    runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = data()
+    want = both_ways(tensors)
+    monkeypatch.setattr(rnn_onednn, "workspace_bytes", lambda x, hidden: 1_000_000)
+    for a, b in zip(both_ways(tensors), want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert runs == [FEATURES] * 2
+
+
+# ---- what torch asks of an op ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("lstm", "loop"), ("gru", "loop"), ("lstm", "onednn")]
+)
+def test_opcheck(kind: str, kernel: str, save: bool) -> None:
+    dtype = torch.float32 if kernel == "onednn" else torch.float64
+    tensors = operands(kind, dtype)
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_static"]
+    if kernel == "onednn" and save:
+        checks.pop()  # it compares every byte of the workspace, some of which nobody wrote
+    op = torch.ops.ardd.rnn_layer.default
+    given = [t if t is None else t.detach() for t in tensors] if not save else tensors
+    torch.library.opcheck(op, (*given, kind, False, kernel, save), test_utils=checks)
+    detached = [t if t is None else t.detach() for t in tensors]
+    y, _, c, *reserved = run_layer(*detached, kind, False, kernel, True)
+    wanted = [t is not None for t in tensors]
+    args = (y, None, None, *detached, y, c, *reserved, kind, False, kernel, wanted)
+    backward = torch.ops.ardd.rnn_layer_backward.default
+    torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_module_is_documented_op() -> None:
+    assert rnn_layer.rnn_layer is torch.ops.ardd.rnn_layer.default
