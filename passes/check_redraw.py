@@ -7,6 +7,7 @@ from torch import fx
 
 from ..core.errors import RedrawError
 from ..runtime.draw_blocks import draw_blocks
+from ..runtime.draw_groups import draw_groups
 from ..runtime.dropout_mask import dropout_mask
 
 
@@ -32,7 +33,7 @@ def check_redraw(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
 
 
 def _ours(node: fx.Node) -> bool:
-    return node.target in (draw_blocks, dropout_mask)
+    return node.target in (draw_blocks, draw_groups, dropout_mask)
 
 
 def _draws(target: object) -> bool:

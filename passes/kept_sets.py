@@ -11,8 +11,10 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..runtime.draw_blocks import draw_blocks
+from ..runtime.draw_groups import draw_groups
 from .emit import Emitter
 from .facts import KeptAxis
+from .group_blocks import by_blocks_of_groups
 from .price_plan import Choice
 from .relation import shape_of
 
@@ -21,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass
 class KeptSet:
-    """The nodes of one draw."""
+    """The nodes of one draw, all with ``[groups]`` in front where rows are grouped."""
 
     choice: Choice
     kept: fx.Node
@@ -37,9 +39,12 @@ class KeptSet:
 def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptSet:
     """Draws the kept set of a mask, once: backward reads what forward drew."""
     device = mask.meta["val"].device
-    sizes = (choice.n_blocks, choice.n_kept)
+    sizes: tuple[int, ...] = (choice.n_blocks, choice.n_kept)
     with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
-        pair = emit.op(before, draw_blocks, *sizes, device, mask.args[4], choice.axis.site)
+        if choice.axis.groups > 1:
+            sizes = (choice.axis.groups, *sizes)
+        op = draw_groups if choice.axis.groups > 1 else draw_blocks
+        pair = emit.op(before, op, *sizes, device, mask.args[4], choice.axis.site)
         kept = emit.op(before, operator.getitem, pair, 0)
         slot = emit.op(before, operator.getitem, pair, 1)
     return KeptSet(choice, kept, slot)
@@ -55,9 +60,8 @@ def gather(
     unit = kept.choice.block * axis.inner
     if before.target is aten.convolution.default and len(shape_of(x)) == 1:
         return _bias_by_elements(emit, before, x, kept, unit)
-    return _by_blocks(
-        emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept
-    )
+    pick = by_blocks_of_groups if axis.groups > 1 else _by_blocks
+    return pick(emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept)
 
 
 def expand(
@@ -73,7 +77,8 @@ def expand(
     if kept.inside is None or kept.clamped is None:
         kept.inside = emit.op(before, aten.ge.Scalar, kept.slot, 0)
         kept.clamped = emit.op(before, aten.clamp_min.default, kept.slot, 0)
-    return _by_blocks(
+    pick = by_blocks_of_groups if axis.groups > 1 else _by_blocks
+    return pick(
         emit,
         before,
         x,

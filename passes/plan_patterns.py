@@ -83,7 +83,7 @@ def plan_patterns(
                 continue
             saving = _saving(pricer, choice, chosen)
             detail = f"{saving * 1e6:+.0f} us a step predicted"
-            if saving > 0 or options.pattern == "block":
+            if saving > 0 or options.pattern in ("block", "grouped"):
                 chosen[choice.axis] = choice
                 verdicts[mask] = Verdict(choice, Reason.STRUCTURED, detail)
             else:

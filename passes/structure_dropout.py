@@ -15,11 +15,14 @@ from .cost_model import find_cost_model
 from .defer_dropout import defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes
+from .plan_groups import GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
-from .price_plan import PlanPricer
+from .price_groups import GroupPricer
+from .price_plan import Choice, PlanPricer
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
 from .sites import Site, static_shape
+from .split_rows import split_rows
 from .support import Support
 
 
@@ -71,8 +74,16 @@ class StructureDropout:
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         support = Support(graph, candidates)
         device = masks[0].meta["val"].device
-        pricer = PlanPricer(support, find_cost_model(self.options.cost_model), device)
+        model = find_cost_model(self.options.cost_model)
+        grouped = self._groups(graph, masks, support)
+        if grouped is None:
+            pricer = PlanPricer(support, model, device)
+        else:
+            support = grouped.support
+            pricer = GroupPricer(support, model, device, grouped.rows)
         verdicts = self._verdicts(graph, masks, support, pricer)
+        if grouped is not None:
+            verdicts = grouped.explained(verdicts)
         chosen = {v.choice.axis: v.choice for v in verdicts.values() if v.choice}
         decisions = tuple(self._decision(m, verdicts[m], pricer, chosen) for m in masks)
         result = StructureResult(
@@ -81,7 +92,9 @@ class StructureDropout:
             flops_before=pricer.flops(support.relations, {}),
             flops_after=pricer.flops(support.relations, chosen),
         )
-        compact(graph, support, {m: _float(m.args[3]) for m in masks}, chosen)
+        if grouped is not None:
+            support = split_rows(graph, support, grouped.rows, chosen)
+        compact(graph, support, {m: _float(m.args[3]) for m in support.masks}, chosen)
         lower_random_masks(graph)
         graph.lint()
         return result
@@ -110,6 +123,15 @@ class StructureDropout:
         lower_random_masks(graph)
         graph.lint()
         return StructureResult(modified=True, decisions=tuple(decisions))
+
+    def _groups(
+        self, graph: fx.Graph, masks: list[fx.Node], support: Support
+    ) -> GroupPlan | None:
+        if self.options.pattern != "grouped":
+            return None
+        able = [mask for mask in masks if self._refused(mask, support) is None]
+        parameters = self._parameter_nodes(graph)
+        return plan_groups(graph, support, able, parameters, self.options.groups)
 
     def _verdicts(
         self, graph: fx.Graph, masks: list[fx.Node], support: Support, pricer: PlanPricer
@@ -163,7 +185,7 @@ class StructureDropout:
             taken=choice is not None,
             reason=verdict.reason,
             detail=verdict.detail,
-            pattern="block" if choice else "random",
+            pattern=_pattern(choice) if choice else "random",
             p_used=choice.p_used if choice else site.p,
             dim=choice.axis.dim if choice else None,
             block=choice.block if choice else None,
@@ -189,6 +211,10 @@ def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:
     """Returns the dimensions of a mask that could be dropped: those of a fixed size above 1."""
     sizes = enumerate(shape_of(mask))
     return {d: KeptAxis(number, d, s) for d, s in sizes if isinstance(s, int) and s > 1}
+
+
+def _pattern(choice: Choice) -> str:
+    return "grouped" if choice.axis.groups > 1 else "block"
 
 
 def _float(value: Any) -> float:

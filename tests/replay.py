@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import ardd
 from ardd.runtime.draw_blocks import draw_blocks
+from ardd.runtime.draw_groups import draw_groups
 
 # name -> the dimensions that share a draw, given the number of dimensions
 DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
@@ -56,9 +57,10 @@ class Replay(TorchFunctionMode):
         """Dropouts seen so far."""
         torch.manual_seed(seed)
         for instance, draw in enumerate(draws):  # every draw of a graph stands at its beginning
-            kept, _ = draw_blocks(
-                draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance
-            )
+            *groups, n_kept = draw.kept.shape
+            op = draw_groups if groups else draw_blocks
+            sizes = (*groups, draw.n_blocks, n_kept)
+            kept, _ = op(*sizes, torch.device("cpu"), draw.site, instance)
             assert torch.equal(kept, draw.kept)
 
     def __torch_function__(
@@ -87,10 +89,14 @@ class Replay(TorchFunctionMode):
         draw = self._kept[decision.site]
         assert decision.dim is not None
         assert decision.block is not None
-        blocks = torch.zeros(draw.n_blocks, dtype=x.dtype)
-        blocks[draw.kept] = draw.n_blocks / len(draw.kept)
-        features = blocks.repeat_interleave(decision.block)
+        *groups, n_kept = draw.kept.shape
+        blocks = torch.zeros(*groups, draw.n_blocks, dtype=x.dtype)
+        blocks.scatter_(-1, draw.kept, draw.n_blocks / n_kept)
+        features = blocks.repeat_interleave(decision.block, -1)
         view = [-1 if dim == decision.dim else 1 for dim in range(x.dim())]
+        if groups:
+            features = features.repeat_interleave(len(x) // groups[0], 0)
+            view[0] = len(x)
         return features.view(view).expand(sizes)
 
 

@@ -1,0 +1,108 @@
+"""Decides how many groups of rows there are, and which dropouts have kept sets for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .facts import KeptAxis
+from .feature_dims import feature_axes
+from .group_support import GroupSupport
+from .plan_patterns import Verdict
+from .relation import shape_of
+from .row_groups import RowGroups, find_row_groups
+from .support import Support
+
+DEFAULT_GROUPS = 4
+"""With one kept set for a batch of 128, an MLP at p = 0.7 is 1.8 points below Bernoulli masks on
+MNIST; with 2 it is at par, and from 4 to 16 nothing changes any more, while every group gathers
+the weights once more (10 epochs of 4,000 images, 2 seeds)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Which dropouts can have groups."""
+
+    support: Support
+    """The facts of the graph, with groups on the kept axes of those."""
+    rows: RowGroups
+    """Where their rows are."""
+    refused: Mapping[fx.Node, str]
+    """Why the other masks that could be structured have none."""
+
+    def explained(self, verdicts: Mapping[fx.Node, Verdict]) -> dict[fx.Node, Verdict]:
+        """Returns the verdicts with what became of the groups in their details."""
+        return {mask: self._explained(mask, verdict) for mask, verdict in verdicts.items()}
+
+    def _explained(self, mask: fx.Node, verdict: Verdict) -> Verdict:
+        if verdict.choice is None:
+            return verdict
+        groups = verdict.choice.axis.groups
+        said = f"{groups} groups of rows" if groups > 1 else f"one group: {self.refused[mask]}"
+        return dataclasses.replace(verdict, detail=f"{verdict.detail}; {said}")
+
+
+def plan_groups(
+    graph: fx.Graph,
+    support: Support,
+    masks: Collection[fx.Node],
+    parameters: Collection[fx.Node],
+    groups: Literal["auto"] | int,
+) -> GroupPlan | None:
+    """Returns the facts with groups, None where no mask can have them.
+
+    Args:
+        graph: the analysed graph.
+        support: its facts without groups.
+        masks: those that may be structured.
+        parameters: the placeholders that are parameters.
+        groups: how many are asked for. Fewer are taken where that many do not divide the rows.
+    """
+    wanted = DEFAULT_GROUPS if groups == "auto" else groups
+    refused: dict[fx.Node, str] = {}
+    for mask in masks:
+        refused |= {mask: why for why in [_no_rows(mask)] if why}
+    able = [mask for mask in masks if mask not in refused]
+    counts = {g: sum(_divides(g, mask) for mask in able) for g in range(2, wanted + 1)}
+    taken = max(counts, key=lambda g: (counts[g], g), default=1)
+    for mask in able:
+        if not counts or not _divides(taken, mask):
+            refused[mask] = f"{taken if counts else wanted} groups do not divide its rows"
+    features = feature_axes(graph, support, parameters)
+    while True:
+        able = [mask for mask in masks if mask not in refused]
+        if not able:
+            return None
+        rows = find_row_groups(support.relations, able, taken)
+        axes = {m: _axes(m, support, taken if m in able else 1) for m in support.masks}
+        grouped = GroupSupport(graph, axes, rows)
+        found = feature_axes(graph, grouped, parameters)
+        lost = [m for m in able if found.isdisjoint(axes[m].values())]
+        lost = [m for m in lost if not features.isdisjoint(support.masks[m].values())]
+        if not lost:
+            return GroupPlan(grouped, rows, refused)
+        refused |= dict.fromkeys(lost, "no product around it can be computed group by group")
+
+
+def _no_rows(mask: fx.Node) -> str | None:
+    shape = shape_of(mask)
+    if len(shape) < 2:
+        return "it has no rows beside its features"
+    return "its rows share a mask" if statically_known_true(shape[0] == 1) else None
+
+
+def _divides(groups: int, mask: fx.Node) -> bool:
+    rows = shape_of(mask)[0]
+    return statically_known_true(rows % groups == 0) and statically_known_true(rows > 0)
+
+
+def _axes(mask: fx.Node, support: Support, groups: int) -> dict[int, KeptAxis]:
+    """Returns the kept axes of a mask; with groups none of its rows."""
+    axes = support.masks[mask]
+    if groups == 1:
+        return dict(axes)
+    return {d: dataclasses.replace(axis, groups=groups) for d, axis in axes.items() if d > 0}
