@@ -57,7 +57,10 @@ def rewrite_of(node: fx.Node, row_dim: int | None, sums_rows: bool) -> Rewrite |
         return None
     if target is aten.bmm.default and shape_of(node)[0] != 1:
         return None
-    if target in (aten.slice.Tensor, aten.select.int) and _dim(node, 1) == row_dim:
+    if target is aten.slice.Tensor and _dim(node, 1) == row_dim:
+        return None
+    ranks = {len(shape_of(x)) for x in tensor_operands(node)}
+    if target is aten.cat.default and len(ranks) > 1:  # it ignores empty vectors
         return None
     if node.kwargs.get("memory_format") in (torch.channels_last, torch.channels_last_3d):
         return None

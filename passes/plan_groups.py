@@ -29,8 +29,8 @@ class GroupPlan:
 
     support: Support
     """The facts of the graph, with groups on the kept axes of those."""
-    rows: RowGroups
-    """Where their rows are."""
+    rows: RowGroups | None
+    """Where their rows are, None where none can."""
     refused: Mapping[fx.Node, str]
     """Why the other masks that could be structured have none."""
 
@@ -39,7 +39,7 @@ class GroupPlan:
         return {mask: self._explained(mask, verdict) for mask, verdict in verdicts.items()}
 
     def _explained(self, mask: fx.Node, verdict: Verdict) -> Verdict:
-        if verdict.choice is None:
+        if verdict.choice is None or (verdict.choice.axis.groups == 1 and mask not in self.refused):
             return verdict
         groups = verdict.choice.axis.groups
         said = f"{groups} groups of rows" if groups > 1 else f"one group: {self.refused[mask]}"
@@ -52,8 +52,8 @@ def plan_groups(
     masks: Collection[fx.Node],
     parameters: Collection[fx.Node],
     groups: Literal["auto"] | int,
-) -> GroupPlan | None:
-    """Returns the facts with groups, None where no mask can have them.
+) -> GroupPlan:
+    """Finds the masks that can have groups, and the facts of the graph with them.
 
     Args:
         graph: the analysed graph.
@@ -76,7 +76,7 @@ def plan_groups(
     while True:
         able = [mask for mask in masks if mask not in refused]
         if not able:
-            return None
+            return GroupPlan(support, None, refused)
         rows = find_row_groups(support.relations, able, taken)
         axes = {m: _axes(m, support, taken if m in able else 1) for m in support.masks}
         grouped = GroupSupport(graph, axes, rows)
@@ -92,7 +92,7 @@ def _no_rows(mask: fx.Node) -> str | None:
     shape = shape_of(mask)
     if len(shape) < 2:
         return "it has no rows beside its features"
-    return "its rows share a mask" if statically_known_true(shape[0] == 1) else None
+    return "it has one row, or one mask for all" if statically_known_true(shape[0] == 1) else None
 
 
 def _divides(groups: int, mask: fx.Node) -> bool:

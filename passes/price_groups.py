@@ -35,10 +35,11 @@ class GroupPricer(PlanPricer):
     def _product(self, node: fx.Node, chosen: Chosen) -> OpCost:
         """Returns the cost of ``bmm`` where groups are cut; the FLOPs are the same."""
         op = super()._product(node, chosen)
-        forms = self._support.operand_forms(node, chosen)
         label = self._rows.ops.get(node)
-        form = self._support.form(node, chosen)
-        if label is None or not any(map(_has_groups, [*forms, form])):
+        if label is None:
+            return op
+        forms, form = self._support.operand_forms(node, chosen), self._support.form(node, chosen)
+        if not any(map(_has_groups, [*forms, form])):
             return op
         groups = self._rows.groups
         once = [*zip(tensor_operands(node), forms, strict=True), (node, form)]

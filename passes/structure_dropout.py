@@ -76,14 +76,11 @@ class StructureDropout:
         device = masks[0].meta["val"].device
         model = find_cost_model(self.options.cost_model)
         grouped = self._groups(graph, masks, support)
-        if grouped is None:
-            pricer = PlanPricer(support, model, device)
-        else:
-            support = grouped.support
+        support = grouped.support
+        pricer = PlanPricer(support, model, device)
+        if grouped.rows is not None:
             pricer = GroupPricer(support, model, device, grouped.rows)
-        verdicts = self._verdicts(graph, masks, support, pricer)
-        if grouped is not None:
-            verdicts = grouped.explained(verdicts)
+        verdicts = grouped.explained(self._verdicts(graph, masks, support, pricer))
         chosen = {v.choice.axis: v.choice for v in verdicts.values() if v.choice}
         decisions = tuple(self._decision(m, verdicts[m], pricer, chosen) for m in masks)
         result = StructureResult(
@@ -92,7 +89,7 @@ class StructureDropout:
             flops_before=pricer.flops(support.relations, {}),
             flops_after=pricer.flops(support.relations, chosen),
         )
-        if grouped is not None:
+        if grouped.rows is not None:
             support = split_rows(graph, support, grouped.rows, chosen)
         compact(graph, support, {m: _float(m.args[3]) for m in support.masks}, chosen)
         lower_random_masks(graph)
@@ -124,11 +121,9 @@ class StructureDropout:
         graph.lint()
         return StructureResult(modified=True, decisions=tuple(decisions))
 
-    def _groups(
-        self, graph: fx.Graph, masks: list[fx.Node], support: Support
-    ) -> GroupPlan | None:
+    def _groups(self, graph: fx.Graph, masks: list[fx.Node], support: Support) -> GroupPlan:
         if self.options.pattern != "grouped":
-            return None
+            return GroupPlan(support, None, {})
         able = [mask for mask in masks if self._refused(mask, support) is None]
         parameters = self._parameter_nodes(graph)
         return plan_groups(graph, support, able, parameters, self.options.groups)

@@ -1,0 +1,261 @@
+"""Kept sets for groups of rows: exact for the masks drawn, and blocks for all where that cannot be.
+
+The models are those of `tests.test_exactness`, and some where the rows matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tests.passes.tracing import check_values
+from tests.random_modules import programs
+from tests.replay import check_exact
+from tests.test_exactness import ANYTHING, MODELS, Block, f, mlp, works_in_eager
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import ardd
+from ardd.passes.structure_dropout import StructureDropout, StructureResult
+
+aten = torch.ops.aten
+
+Case = tuple[nn.Module, list[Any]]
+GROUPED: dict[str, Any] = {"pattern": "grouped", "groups": 2}
+
+
+def flops(graph: fx.Graph) -> int | None:
+    """Counts what the products of a graph do, None if there are others, or sizes are symbolic."""
+    total = 0
+    for node in graph.nodes:
+        if node.target is aten.convolution.default or node.target is aten.convolution_backward.default:
+            return None
+        if node.target in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+            a = node.args[-2].meta["val"]
+            count = 2 * node.meta["val"].numel() * a.shape[-1]
+            if not isinstance(count, int):
+                return None
+            total += count
+    return total
+
+
+@pytest.fixture(autouse=True)
+def checked_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks every rewritten graph: its fake values are true, and it does what the report says."""
+    apply = StructureDropout.apply
+
+    def apply_and_check(self: StructureDropout, graph: fx.Graph) -> StructureResult:
+        result = apply(self, graph)
+        check_values(graph)
+        assert flops(graph) in (None, result.flops_after)
+        return result
+
+    monkeypatch.setattr(StructureDropout, "apply", apply_and_check)
+
+
+def patterns(module: nn.Module, inputs: list[Any], **options: Any) -> list[str]:
+    """Checks a module, and returns the pattern of every dropout."""
+    decisions = check_exact(module.double(), inputs, options={**GROUPED, **options})
+    return [decision.pattern for decision in decisions]
+
+
+def layers(*dropouts: float, act: type[nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
+    """An MLP with a dropout after each hidden layer."""
+    modules: list[nn.Module] = []
+    width = 12
+    for p in dropouts:
+        modules += [nn.Linear(width, 32, bias=bias), act(), nn.Dropout(p)]
+        width = 32
+    return nn.Sequential(*modules, nn.Linear(width, 5, bias=bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Tanh])
+@pytest.mark.parametrize("rates", [(0.5,), (0.5, 0.25), (0.25, 0.5, 0.75)])
+def test_mlp(rates: tuple[float, ...], act: type[nn.Module], bias: bool) -> None:
+    x = f(8, 12).requires_grad_()
+    found = patterns(layers(*rates, act=act, bias=bias), [x], groups=4)
+    assert found == ["grouped"] * len(rates)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("groups", [2, 3, 6, 12])
+def test_groups(groups: int, block: int) -> None:
+    """Up to one kept set for every row."""
+    with ardd.record_masks() as draws:
+        assert patterns(mlp(), [f(12, 16)], groups=groups, block_size=block) == ["grouped"] * 2
+    assert len(draws) == 4  # those of the run, and of the replay
+    shapes = {(draw.n_blocks, *draw.kept.shape) for draw in draws}
+    assert shapes == {(32 // block, groups, 16 // block)}
+    assert all(len(draw.kept.unique(dim=0)) > 1 for draw in draws)
+
+
+class Residual(nn.Module):
+    """A normalisation over the features on either side, and a sum around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(16), layers(0.5), nn.Linear(5, 16))
+        self.before = nn.Linear(16, 12)
+        self.inner[1] = nn.Sequential(self.before, layers(0.5))
+        self.last = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + F.dropout(self.inner(x), 0.25))  # type: ignore[no-any-return]
+
+
+class BatchNormed(nn.Module):
+    """Statistics over all rows, which belong to no group, before and after the dropout."""
+
+    def __init__(self, running: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(32, track_running_stats=running) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.norms[0](self.a(x)).relu(), 0.5)
+        return self.c(F.dropout(self.norms[1](self.b(h)), 0.5).relu())  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    """One weight and one bias, used before and after the dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(F.linear(x, self.weight, self.bias).relu(), 0.5)
+        return F.linear(h, self.weight.t(), self.bias) + self.weight.sum()
+
+
+class Transposed(nn.Module):
+    """The rows are the last dimension of what the product gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(16, 12)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout((self.a @ x.t()).relu().t(), 0.5))  # type: ignore[no-any-return]
+
+
+class Pooled(nn.Module):
+    """Tokens are averaged, samples stay: the rows of the second dropout are those of the first."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pool(F.dropout(self.a(x).relu(), 0.5))
+        return self.c(F.dropout(self.b(h).relu(), 0.5))  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Module):
+    """Operands of every kind of broadcasting, with and without rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 32), nn.Linear(32, 4)
+        self.gain, self.place = nn.Parameter(torch.randn(32)), nn.Parameter(torch.randn(6, 32))
+        self.number = nn.Parameter(torch.randn(()))
+        self.one = nn.Parameter(torch.randn(1, 1, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * self.gain + self.place + self.one * x.mean((1, 2), keepdim=True)
+        h = torch.cat([h[:, :3] * self.number, h[:, 3:]], 1)
+        return self.b(F.dropout(h, 0.5)).sum(1)  # type: ignore[no-any-return]
+
+
+class Einsum(nn.Module):
+    """A product that is a batch of one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(12, 32)), nn.Parameter(torch.randn(32, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(torch.einsum("btc,cd->btd", x, self.a).relu(), 0.5)
+        return torch.einsum("btc,cd->btd", h, self.b)
+
+
+class LowRank(nn.Module):
+    """The weight is itself a product, of which every group reads other columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(32, 3)), nn.Parameter(torch.randn(3, 12))
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.dropout(F.linear(x, self.u @ self.v).relu(), 0.5))  # type: ignore[no-any-return]
+
+
+class Graph(nn.Module):
+    """A product that mixes the rows: no group can be computed by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+        return self.b(neighbours @ F.dropout(self.a(x), 0.5))  # type: ignore[no-any-return]
+
+
+class WithItself(nn.Module):
+    """Rows against rows: one dimension of the product is rows, and so is the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(12, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.a(x), 0.5)
+        return h @ h.t()
+
+
+# name -> the case, and the pattern of every dropout
+CASES: dict[str, tuple[Callable[[], Case], list[str]]] = {
+    "three dimensions": (lambda: (layers(0.5, 0.25), [f(4, 3, 12).requires_grad_()]), ["grouped"] * 2),
+    "many leading dimensions": (lambda: (layers(0.5), [f(2, 1, 3, 2, 12)]), ["grouped"]),
+    "transformer block": (lambda: (Block(), [f(4, 6, 32).requires_grad_()]), ["grouped"] * 3),
+    "residual": (lambda: (Residual(), [f(4, 16).requires_grad_()]), ["grouped"] * 2),
+    "batch norm": (lambda: (BatchNormed(running=True), [f(8, 12)]), ["grouped"] * 2),
+    "batch norm without statistics": (lambda: (BatchNormed(running=False), [f(8, 12)]), ["grouped"] * 2),
+    "tied": (lambda: (Tied(), [f(4, 16).requires_grad_()]), ["grouped"]),
+    "transposed": (lambda: (Transposed(), [f(4, 12).requires_grad_()]), ["grouped"]),
+    "mean of tokens": (lambda: (Pooled(lambda h: h.mean(1)), [f(4, 3, 12)]), ["grouped"] * 2),
+    "maximum of tokens": (lambda: (Pooled(lambda h: h.amax(1)), [f(4, 3, 12)]), ["grouped"] * 2),
+    "first token": (lambda: (Pooled(lambda h: h[:, 0]), [f(4, 3, 12)]), ["grouped"] * 2),
+    "token by token": (lambda: (Pooled(lambda h: h.unsqueeze(1).squeeze(1).sum(1)), [f(4, 3, 12)]), ["grouped"] * 2),
+    "broadcast": (lambda: (Scaled(), [f(4, 6, 12).requires_grad_()]), ["grouped"]),
+    "einsum": (lambda: (Einsum(), [f(4, 3, 12)]), ["grouped"]),
+    "low rank": (lambda: (LowRank(), [f(4, 12)]), ["grouped"]),
+    "mixes rows": (lambda: (Graph(), [f(4, 12), f(4, 4)]), ["grouped"]),
+    "rows with rows": (lambda: (WithItself(), [f(4, 12)]), ["grouped"]),
+    "mean of all": (lambda: (nn.Sequential(layers(0.5), Mean()), [f(4, 12)]), ["grouped"]),
+}  # fmt: skip
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str) -> None:
+    make, expected = CASES[name]
+    assert patterns(*make()) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str) -> None:
+    patterns(*MODELS[name]())
