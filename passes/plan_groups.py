@@ -70,8 +70,10 @@ def plan_groups(
     counts = {g: sum(_divides(g, mask) for mask in able) for g in range(2, wanted + 1)}
     taken = max(counts, key=lambda g: (counts[g], g), default=1)
     for mask in able:
-        if not counts or not _divides(taken, mask):
-            refused[mask] = f"{taken if counts else wanted} groups do not divide its rows"
+        if not counts:
+            refused[mask] = "1 group was asked for"
+        elif not counts[taken] or not _divides(taken, mask):
+            refused[mask] = f"{taken} groups do not divide its rows"
     features = feature_axes(graph, support, parameters)
     while True:
         able = [mask for mask in masks if mask not in refused]

@@ -259,3 +259,174 @@ def test_case(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
     patterns(*MODELS[name]())
+
+
+@settings(max_examples=30, suppress_health_check=ANYTHING)
+@given(programs(), st.integers(2, 4))
+def test_random_programs(case: tuple[nn.Module, Tensor], groups: int) -> None:
+    module, x = case
+    assume(works_in_eager(module, x))
+    torch._dynamo.reset()
+    patterns(module, [x.detach().requires_grad_(x.requires_grad)], groups=groups)
+
+
+@pytest.mark.parametrize("name", ["mlp", "block", "mixer"])
+def test_without_gradients(name: str) -> None:
+    module, inputs = MODELS[name]()
+    with torch.no_grad():
+        assert set(patterns(module, inputs)) == {"grouped"}
+    assert ardd.report().graphs[-1].inference
+
+
+@pytest.mark.parametrize("fuel", [0, 1, 2])
+def test_neighbours_that_stay_random(fuel: int) -> None:
+    """A grouped dropout beside ordinary ones."""
+    found = patterns(layers(0.5, 0.5), [f(8, 12)], max_rewrites=fuel)
+    assert sorted(found) == ["grouped"] * fuel + ["random"] * (2 - fuel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CASES, "mlp", "checkpoint", "mixer", "input is a slice"])
+def test_through_inductor(name: str) -> None:
+    module, inputs = CASES[name][0]() if name in CASES else MODELS[name]()
+    with torch._inductor.config.patch(fallback_random=True):
+        patterns(module, inputs, target="inductor")
+
+
+def test_single_precision() -> None:
+    module, x = layers(0.5, 0.25), torch.randn(8, 12)
+    decisions = check_exact(module, [x], options=GROUPED)
+    assert [decision.pattern for decision in decisions] == ["grouped"] * 2
+
+
+def test_mixed_precision() -> None:
+    """Under autocast the weights are converted first, and the groups read what was converted."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layers(0.5, 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x).float()  # type: ignore[no-any-return]
+
+    decisions = check_exact(Cast(), [torch.randn(8, 12)], options=GROUPED, rtol=0.05)
+    assert [decision.pattern for decision in decisions] == ["grouped"] * 2
+
+
+class Tokens(nn.Module):
+    """Four tokens for every sample, as rows of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layers(0.5, 0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1)).view(-1, 4, 5)  # type: ignore[no-any-return]
+
+
+class Even(nn.Module):
+    """A batch that is known to be even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Pooled(lambda h: h.sum(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check(x.shape[0] % 2 == 0)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "batches"), [(Tokens, (3, 5, 8)), (Even, (4, 6, 10))])
+def test_the_batch_is_dynamic_and_its_divisor_known(
+    kind: type[nn.Module], batches: tuple[int, ...], target: str
+) -> None:
+    """One graph, in which two groups divide any batch."""
+    module = kind().double()
+    options = {"target": target, "strict": True, **GROUPED}
+    compiled = torch.compile(module, backend="ardd", options=options)
+    for seed, batch in enumerate(batches):
+        x = f(batch, 4, 12).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        decisions = check_exact(module, [x], seed=seed, compiled=compiled)
+        assert [decision.pattern for decision in decisions] == ["grouped"] * 2
+    assert len(ardd.report().graphs) == 1
+
+
+def one_group(module: nn.Module, *inputs: Tensor, **options: Any) -> str:
+    """Checks that all rows have one kept set, and returns why."""
+    (decision,) = check_exact(module.double(), list(inputs), options={**GROUPED, **options})
+    assert (decision.taken, decision.pattern) == (True, "block")
+    _, _, why = decision.detail.rpartition("; one group: ")
+    return why
+
+
+def test_a_batch_that_cannot_be_divided() -> None:
+    """7 rows: one kept set for all."""
+    assert one_group(layers(0.5), f(7, 12), groups=6) == "6 groups do not divide its rows"
+
+
+def test_fewer_groups_where_so_many_do_not_divide() -> None:
+    """Of 6 rows 4 groups cannot be made, but 3 can."""
+    with ardd.record_masks() as draws:
+        (decision,) = check_exact(layers(0.5).double(), [f(6, 12)], options={"pattern": "grouped"})
+    assert len(draws[0].kept) == 3
+    assert decision.detail.endswith("; 3 groups of rows")
+
+
+def test_a_batch_that_is_dynamic() -> None:
+    """Nobody knows whether two groups divide it."""
+    module = layers(0.5).double()
+    options = {"target": "eager", "strict": True, **GROUPED}
+    compiled = torch.compile(module, backend="ardd", dynamic=True, options=options)
+    (decision,) = check_exact(module, [f(8, 12)], compiled=compiled)
+    assert decision.pattern == "block"
+    assert decision.detail.endswith("; one group: 2 groups do not divide its rows")
+
+
+def test_one_row() -> None:
+    assert one_group(layers(0.5), f(1, 12)) == "it has one row, or one mask for all"
+
+
+def test_a_vector() -> None:
+    assert one_group(layers(0.5), f(12)) == "it has no rows beside its features"
+
+
+def test_a_convolution() -> None:
+    """It has no form for groups."""
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Dropout2d(0.5), nn.Conv2d(16, 4, 1))
+    why = one_group(module, f(4, 3, 5, 5))
+    assert why == "no product around it can be computed group by group"
+
+
+def test_features_before_rows() -> None:
+    """The first dimension of the mask is what is dropped: there are no rows to group."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(f(8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight @ F.dropout(x, 0.5)
+
+    why = one_group(Left(), f(16, 6))
+    assert why == "no product around it can be computed group by group"
+
+
+def test_one_group_is_a_block() -> None:
+    assert one_group(layers(0.5), f(8, 12), groups=1) == "1 group was asked for"
+
+
+def test_masks_repeat_with_the_seed_and_differ_between_calls() -> None:
+    module = mlp().double()
+    options = {"target": "eager", "strict": True, **GROUPED}
+    compiled = torch.compile(module, backend="ardd", options=options)
+    x = f(8, 16)
+    torch.manual_seed(3)
+    first, second = compiled(x), compiled(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, compiled(x))
+    assert not torch.allclose(first, second)
