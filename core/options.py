@@ -25,10 +25,10 @@ class Options:
 
     ``"auto"`` gives each dropout the structure that pays, or none where none does; ``"block"``
     gives blocks to every dropout that can have them, whatever the price; ``"grouped"`` does so with
-    blocks of its own for each of ``groups`` parts of the batch, where that can be done, and one set
-    for all where not; ``"random"`` leaves ordinary dropout everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for
-    weight gradients the smallest values are dropped, in the family that ``saves`` names, of every
-    row where it names none.
+    blocks of its own for each of ``groups`` parts of the batch, where that can be done, and with
+    one set for all where not; ``"random"`` leaves ordinary dropout everywhere. ``"deferred"`` drops
+    nothing in the forward: of what it saves for weight gradients the smallest values are dropped,
+    in the family that ``saves`` names, of every row where it names none.
     """
     block_size: Literal["auto"] | int = "auto"
     """Neighbouring features that are kept or dropped together; ``"auto"`` picks by price."""

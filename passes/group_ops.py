@@ -170,10 +170,12 @@ _TABLE: dict[object, Rewrite] = {
     aten.cat.default: _cat,
 }
 
-LIFTED = (aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-          aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
-"""Ops of a weight that are done after it is cut: they move nothing, so that once a group is as
-cheap as once."""
+LIFTED = (
+    *(aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int),
+    *(aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
+)
+"""Ops of a weight that are done after it is cut: they move nothing, so that once for every group
+costs what once does."""
 
 
 def _dim(node: fx.Node, position: int, of: fx.Node | None = None) -> int:

@@ -63,9 +63,7 @@ def plan_groups(
         groups: how many are asked for. Fewer are taken where that many do not divide the rows.
     """
     wanted = DEFAULT_GROUPS if groups == "auto" else groups
-    refused: dict[fx.Node, str] = {}
-    for mask in masks:
-        refused |= {mask: why for why in [_no_rows(mask)] if why}
+    refused = {mask: why for mask in masks if (why := _no_rows(mask)) is not None}
     able = [mask for mask in masks if mask not in refused]
     counts = {g: sum(_divides(g, mask) for mask in able) for g in range(2, wanted + 1)}
     taken = max(counts, key=lambda g: (counts[g], g), default=1)

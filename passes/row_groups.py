@@ -92,9 +92,7 @@ def _row_label(op: fx.Node, relation: Relation, dims: Mapping[fx.Node, int]) -> 
     return labels.pop() if len(labels) == 1 else None
 
 
-def _by_groups(
-    op: fx.Node, relation: Relation, dims: Mapping[fx.Node, int], groups: int
-) -> bool:
+def _by_groups(op: fx.Node, relation: Relation, dims: Mapping[fx.Node, int], groups: int) -> bool:
     """Returns whether an op can be computed group by group.
 
     1. All its rows are one label, and whatever has the label has it as rows.

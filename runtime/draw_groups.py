@@ -74,4 +74,4 @@ _LIB.impl("draw_groups", draw, "CompositeExplicitAutograd")
 _library.register_fake("ardd::draw_groups", _fake, lib=_LIB)
 
 draw_groups = torch.ops.ardd.draw_groups.default
-"""``draw_groups(n_groups, n_blocks, n_kept, device, site, instance) -> (kept, slot)``, see ``draw``."""
+"""``draw_groups(n_groups, n_blocks, n_kept, device, site, instance) -> (kept, slot)``: `draw`."""

@@ -11,12 +11,14 @@ from ardd.core.errors import ArddError, CostModelError, OptionsError, PassError,
 from ardd.core.options import Options
 
 WRONG: list[tuple[str, object, str]] = [
-    ("pattern", "blok", "'auto', 'block', 'random' or 'deferred'"),
-    ("pattern", None, "'auto', 'block', 'random' or 'deferred'"),
+    ("pattern", "blok", "'auto', 'block', 'grouped', 'random' or 'deferred'"),
+    ("pattern", None, "'auto', 'block', 'grouped', 'random' or 'deferred'"),
     ("block_size", 0, "'auto' or an int of at least 1"),
     ("block_size", 8.0, "'auto' or an int of at least 1"),
     ("block_size", True, "'auto' or an int of at least 1"),
     ("block_size", "8", "'auto' or an int of at least 1"),
+    ("groups", 0, "'auto' or an int of at least 1"),
+    ("groups", 2.0, "'auto' or an int of at least 1"),
     ("rate_tolerance", -0.01, "a number from 0 to 1"),
     ("rate_tolerance", 1.5, "a number from 0 to 1"),
     ("rate_tolerance", float("nan"), "a number from 0 to 1"),
@@ -51,8 +53,9 @@ def test_unknown_key_names_the_known_and_the_nearest() -> None:
     with pytest.raises(OptionsError) as caught:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
-        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_rewrites, "
-        "memory_budget, pattern, rate_tolerance, save_bits, save_density, saves, strict, target. "
+        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, groups, "
+        "max_rewrites, memory_budget, pattern, rate_tolerance, save_bits, save_density, saves, "
+        "strict, target. "
         "Did you mean 'pattern'?"
     )
 

@@ -32,7 +32,7 @@ def flops(graph: fx.Graph) -> int | None:
     """Counts what the products of a graph do, None if there are others, or sizes are symbolic."""
     total = 0
     for node in graph.nodes:
-        if node.target is aten.convolution.default or node.target is aten.convolution_backward.default:
+        if node.target in (aten.convolution.default, aten.convolution_backward.default):
             return None
         if node.target in (aten.mm.default, aten.bmm.default, aten.addmm.default):
             a = node.args[-2].meta["val"]
@@ -222,27 +222,30 @@ class WithItself(nn.Module):
         return h @ h.t()
 
 
-# name -> the case, and the pattern of every dropout
-CASES: dict[str, tuple[Callable[[], Case], list[str]]] = {
-    "three dimensions": (lambda: (layers(0.5, 0.25), [f(4, 3, 12).requires_grad_()]), ["grouped"] * 2),
-    "many leading dimensions": (lambda: (layers(0.5), [f(2, 1, 3, 2, 12)]), ["grouped"]),
-    "transformer block": (lambda: (Block(), [f(4, 6, 32).requires_grad_()]), ["grouped"] * 3),
-    "residual": (lambda: (Residual(), [f(4, 16).requires_grad_()]), ["grouped"] * 2),
-    "batch norm": (lambda: (BatchNormed(running=True), [f(8, 12)]), ["grouped"] * 2),
-    "batch norm without statistics": (lambda: (BatchNormed(running=False), [f(8, 12)]), ["grouped"] * 2),
-    "tied": (lambda: (Tied(), [f(4, 16).requires_grad_()]), ["grouped"]),
-    "transposed": (lambda: (Transposed(), [f(4, 12).requires_grad_()]), ["grouped"]),
-    "mean of tokens": (lambda: (Pooled(lambda h: h.mean(1)), [f(4, 3, 12)]), ["grouped"] * 2),
-    "maximum of tokens": (lambda: (Pooled(lambda h: h.amax(1)), [f(4, 3, 12)]), ["grouped"] * 2),
-    "first token": (lambda: (Pooled(lambda h: h[:, 0]), [f(4, 3, 12)]), ["grouped"] * 2),
-    "token by token": (lambda: (Pooled(lambda h: h.unsqueeze(1).squeeze(1).sum(1)), [f(4, 3, 12)]), ["grouped"] * 2),
-    "broadcast": (lambda: (Scaled(), [f(4, 6, 12).requires_grad_()]), ["grouped"]),
-    "einsum": (lambda: (Einsum(), [f(4, 3, 12)]), ["grouped"]),
-    "low rank": (lambda: (LowRank(), [f(4, 12)]), ["grouped"]),
-    "mixes rows": (lambda: (Graph(), [f(4, 12), f(4, 4)]), ["grouped"]),
-    "rows with rows": (lambda: (WithItself(), [f(4, 12)]), ["grouped"]),
-    "mean of all": (lambda: (nn.Sequential(layers(0.5), Mean()), [f(4, 12)]), ["grouped"]),
-}  # fmt: skip
+def pooled(pool: Callable[[Tensor], Tensor]) -> Case:
+    return Pooled(pool), [f(4, 3, 12)]
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "three dimensions": lambda: (layers(0.5, 0.25), [f(4, 3, 12).requires_grad_()]),
+    "many leading dimensions": lambda: (layers(0.5), [f(2, 1, 3, 2, 12)]),
+    "transformer block": lambda: (Block(), [f(4, 6, 32).requires_grad_()]),
+    "residual": lambda: (Residual(), [f(4, 16).requires_grad_()]),
+    "batch norm": lambda: (BatchNormed(running=True), [f(8, 12)]),
+    "batch norm without statistics": lambda: (BatchNormed(running=False), [f(8, 12)]),
+    "tied": lambda: (Tied(), [f(4, 16).requires_grad_()]),
+    "transposed": lambda: (Transposed(), [f(4, 12).requires_grad_()]),
+    "mean of tokens": lambda: pooled(lambda h: h.mean(1)),
+    "maximum of tokens": lambda: pooled(lambda h: h.amax(1)),
+    "first token": lambda: pooled(lambda h: h[:, 0]),
+    "sum of tokens": lambda: pooled(lambda h: h.unsqueeze(1).squeeze(1).sum(1)),
+    "broadcast": lambda: (Scaled(), [f(4, 6, 12).requires_grad_()]),
+    "einsum": lambda: (Einsum(), [f(4, 3, 12)]),
+    "low rank": lambda: (LowRank(), [f(4, 12)]),
+    "mixes rows": lambda: (Graph(), [f(4, 12), f(4, 4)]),
+    "rows with rows": lambda: (WithItself(), [f(4, 12)]),
+    "mean of all": lambda: (nn.Sequential(layers(0.5), Mean()), [f(4, 12)]),
+}
 
 
 class Mean(nn.Module):
@@ -252,8 +255,7 @@ class Mean(nn.Module):
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str) -> None:
-    make, expected = CASES[name]
-    assert patterns(*make()) == expected
+    assert set(patterns(*CASES[name]())) == {"grouped"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -288,7 +290,7 @@ def test_neighbours_that_stay_random(fuel: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "mlp", "checkpoint", "mixer", "input is a slice"])
 def test_through_inductor(name: str) -> None:
-    module, inputs = CASES[name][0]() if name in CASES else MODELS[name]()
+    module, inputs = CASES[name]() if name in CASES else MODELS[name]()
     with torch._inductor.config.patch(fallback_random=True):
         patterns(module, inputs, target="inductor")
 

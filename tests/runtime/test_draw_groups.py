@@ -26,7 +26,9 @@ def bound(p: float) -> float:
     return 5 * math.sqrt(DRAWS * p * (1 - p))
 
 
-@pytest.mark.parametrize(("g", "n", "k"), [(3, 8, 3), (1, 1, 1), (2, 5, 5), (2, 4, 0), (4, 200, 77)])
+@pytest.mark.parametrize(
+    ("g", "n", "k"), [(3, 8, 3), (1, 1, 1), (2, 5, 5), (2, 4, 0), (4, 200, 77)]
+)
 def test_kept_is_sorted_and_slot_is_its_inverse(g: int, n: int, k: int) -> None:
     kept, slot = draw(g, n, k)
     assert (kept.dtype, slot.dtype) == (torch.int64, torch.int64)
