@@ -65,7 +65,7 @@ def plan_groups(
     wanted = DEFAULT_GROUPS if groups == "auto" else groups
     refused = {mask: why for mask in masks if (why := _no_rows(mask)) is not None}
     able = [mask for mask in masks if mask not in refused]
-    counts = {g: sum(_divides(g, mask) for mask in able) for g in range(2, wanted + 1)}
+    counts = {g: sum(_may_divide(g, mask) for mask in able) for g in range(2, wanted + 1)}
     taken = max(counts, key=lambda g: (counts[g], g), default=1)
     for mask in able:
         if not counts:
@@ -95,9 +95,22 @@ def _no_rows(mask: fx.Node) -> str | None:
     return "it has one row, or one mask for all" if statically_known_true(shape[0] == 1) else None
 
 
-def _divides(groups: int, mask: fx.Node) -> bool:
+def _may_divide(groups: int, mask: fx.Node) -> bool:
+    """Returns whether the rows of the example are divided by so many groups."""
     rows = shape_of(mask)[0]
+    if not isinstance(rows, int) and rows.node.has_hint():
+        rows = int(rows.node.hint)
     return statically_known_true(rows % groups == 0) and statically_known_true(rows > 0)
+
+
+def _divides(groups: int, mask: fx.Node) -> bool:
+    """Returns whether so many groups divide the rows of every batch that the graph will run.
+
+    Where the batch is dynamic and the groups divide the example, the graph is guarded to be run
+    with such batches only; others compile a graph of their own.
+    """
+    rows = shape_of(mask)[0]
+    return _may_divide(groups, mask) and bool(rows % groups == 0)
 
 
 def _axes(mask: fx.Node, support: Support, groups: int) -> dict[int, KeptAxis]:

@@ -378,13 +378,17 @@ def test_fewer_groups_where_so_many_do_not_divide() -> None:
     assert decision.detail.endswith("; 3 groups of rows")
 
 
-def test_a_batch_that_is_dynamic() -> None:
-    """Nobody knows whether two groups divide it."""
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_batch_that_is_dynamic(target: str) -> None:
+    """One graph for all batches that two groups divide, and one for all others."""
     module = layers(0.5).double()
-    options = {"target": "eager", "strict": True, **GROUPED}
+    options = {"target": target, "strict": True, **GROUPED}
     compiled = torch.compile(module, backend="ardd", dynamic=True, options=options)
-    (decision,) = check_exact(module, [f(8, 12)], compiled=compiled)
-    assert decision.pattern == "block"
+    found = []
+    for seed, batch in enumerate((8, 6, 12, 7, 9)):
+        (decision,) = check_exact(module, [f(batch, 12)], seed=seed, compiled=compiled)
+        found.append((decision.pattern, len(ardd.report().graphs)))
+    assert found == [("grouped", 1)] * 3 + [("block", 2)] * 2
     assert decision.detail.endswith("; one group: 2 groups do not divide its rows")
 
 
