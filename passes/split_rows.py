@@ -77,7 +77,7 @@ class _Splitter:
         self._emit = Emitter(graph, fake_mode_of(graph))
         self._node: fx.Node  # the op that is being rewritten
         self._split: dict[fx.Node, fx.Node] = {}
-        self._viewed: dict[tuple[fx.Node, int | None], fx.Node] = {}
+        self._viewed: dict[tuple[fx.Node, int], fx.Node] = {}
         self._whole: dict[fx.Node, fx.Node] = {}
         self.made: set[fx.Node] = set()
         """What has the groups as its first dimension."""
@@ -88,7 +88,7 @@ class _Splitter:
         for node in nodes:
             self._node = node
             if node in self._support.masks:
-                if self._chosen & set(self._support.masks[node].values()):
+                if self._splits(node):
                     self._split[node] = self._split_mask(node)
             elif self._is_cut(node):
                 self._split_op(node)
@@ -112,6 +112,7 @@ class _Splitter:
         Numbers, of no dimension, stay as they are.
         """
         own = len(shape_of(x))
+        rank = max(own, rank or 0)
         if own == 0:
             return x
         if (x, rank) in self._viewed:
@@ -122,11 +123,11 @@ class _Splitter:
             result = self._by_groups(x, self._rows.dims[x])
         else:
             source = self._whole.get(x, x)
-            ones = [1] * ((rank or own) - own)
+            ones = [1] * (rank - own)
             sizes = [self._rows.groups, *ones, *self._emit.sizes(self._node, source)]
             result = self.op(aten.expand.default, source, sizes)
             own = len(sizes) - 1
-        if rank is not None and rank > own:
+        if rank > own:
             groups, *rest = self._emit.sizes(self._node, result)
             result = self.view(result, [groups, *[1] * (rank - own), *rest])
         self._viewed[x, rank] = result
@@ -150,6 +151,17 @@ class _Splitter:
     def _is_cut(self, node: fx.Node) -> bool:
         every = self._support.labels(node).values()
         return any(axis.scaled(1) in self._chosen for facts in every for axis in facts)
+
+    def _splits(self, mask: fx.Node) -> bool:
+        """Returns whether a mask gets groups: one that is cut, or is as long as what has them.
+
+        A mask that stays random would otherwise want that whole, though it reads no value of it.
+        """
+        if self._chosen & set(self._support.masks[mask].values()):
+            return True
+        like = mask.args[0]
+        rows = self._rows.dims
+        return like in self._split and rows.get(mask) == 0 and rows.get(like) == 0
 
     def _split_mask(self, mask: fx.Node) -> fx.Node:
         like, shared, *rest = mask.args

@@ -24,6 +24,7 @@ from ardd.passes.structure_dropout import StructureDropout, StructureResult
 
 aten = torch.ops.aten
 
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
 Case = tuple[nn.Module, list[Any]]
 GROUPED: dict[str, Any] = {"pattern": "grouped", "groups": 2}
 
@@ -34,7 +35,7 @@ def flops(graph: fx.Graph) -> int | None:
     for node in graph.nodes:
         if node.target in (aten.convolution.default, aten.convolution_backward.default):
             return None
-        if node.target in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+        if node.target in PRODUCTS:
             a = node.args[-2].meta["val"]
             count = 2 * node.meta["val"].numel() * a.shape[-1]
             if not isinstance(count, int):
@@ -285,6 +286,12 @@ def test_neighbours_that_stay_random(fuel: int) -> None:
     """A grouped dropout beside ordinary ones."""
     found = patterns(layers(0.5, 0.5), [f(8, 12)], max_rewrites=fuel)
     assert sorted(found) == ["grouped"] * fuel + ["random"] * (2 - fuel)
+
+
+def test_a_random_mask_does_not_want_whole_what_it_is_as_long_as() -> None:
+    """Of two dropouts in a row the first stays random; the product before both is cut."""
+    twice = [nn.Linear(12, 16), nn.Dropout(0.25), nn.Dropout(0.75), nn.Linear(16, 4)]
+    assert patterns(nn.Sequential(*twice), [f(4, 12)]) == ["random", "grouped"]
 
 
 @pytest.mark.slow
