@@ -197,13 +197,13 @@ def test_what_groups_sum_to_is_zero_nowhere() -> None:
     assert not support.zero(total)[0]
 
 
-def test_groups_out_of_step_are_not_cut() -> None:
-    """Of a rewritten graph: the same features, but groups in two dimensions of one product."""
+def test_what_has_no_groups_is_not_cut() -> None:
+    """Of a rewritten graph: of two operands with the same features one is not by groups."""
 
-    def crossed(x: Tensor, y: Tensor) -> Tensor:
+    def product(x: Tensor, y: Tensor) -> Tensor:
         return (x * mask(x)) * y.transpose(0, 1)
 
-    gm = trace(crossed, torch.randn(2, 2, 8), torch.randn(2, 2, 8))
+    gm = trace(product, torch.randn(2, 2, 8), torch.randn(2, 2, 8))
     (m,) = [node for node in gm.graph.nodes if node.target is dropout_mask]
     axes = {m: {2: KeptAxis(0, 1, 8, 1, 2)}}
     nodes = list(gm.graph.nodes)
@@ -215,6 +215,17 @@ def test_groups_out_of_step_are_not_cut() -> None:
     apart = GroupSupport(gm.graph, axes, without)
     assert not apart.labels(outer)[2]
     assert apart.labels(inner)[2]
+
+
+def test_groups_out_of_step_are_not_cut() -> None:
+    """``[g, k] @ [k, n]``: the first dimensions of the operands are not the same groups."""
+    gm = trace(lambda x, w: (x * mask(x)) @ w, torch.randn(4, 8), torch.randn(8, 5))
+    (m,) = [node for node in gm.graph.nodes if node.target is dropout_mask]
+    (product,) = gm.graph.output_node().all_input_nodes
+    for groups, cut in ((1, True), (4, False)):
+        axes = {m: {1: KeptAxis(0, 1, 8, 1, groups)}}
+        support = GroupSupport(gm.graph, axes, LeadingGroups(list(gm.graph.nodes)))
+        assert bool(support.labels(product)[1]) is cut
 
 
 def test_what_is_dropped_is_said() -> None:
