@@ -76,7 +76,8 @@ def _row_dims(
                 continue
             for other, labelled in _tensors(op, relation):
                 places = _places(labelled, label)
-                if other not in dims and len(places) == 1:
+                outermost = len(places) == 1 and labelled[places[0]][0].label == label
+                if other not in dims and outermost:
                     dims[other] = places[0]
                     waiting.append(other)
     return dims
@@ -113,10 +114,7 @@ def _by_groups(op: fx.Node, relation: Relation, dims: Mapping[fx.Node, int], gro
         if places != ([dims[tensor]] if tensor in dims else []):
             return False
         if places:
-            outer = labelled[places[0]][0]
-            if outer.label != label:
-                return False
-            sizes.append(shape_of(tensor)[places[0]] // outer.inner)
+            sizes.append(shape_of(tensor)[places[0]] // labelled[places[0]][0].inner)
     if not all(statically_known_true(size == sizes[0]) for size in sizes):
         return False
     if not statically_known_true(sizes[0] % groups == 0):

@@ -159,8 +159,8 @@ class _Splitter:
         """
         if self._chosen & set(self._support.masks[mask].values()):
             return True
-        like = mask.args[0]
-        rows = self._rows.dims
+        like, rows = mask.args[0], self._rows.dims
+        assert isinstance(like, fx.Node)
         return like in self._split and rows.get(mask) == 0 and rows.get(like) == 0
 
     def _split_mask(self, mask: fx.Node) -> fx.Node:

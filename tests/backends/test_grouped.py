@@ -399,6 +399,27 @@ def test_a_batch_that_is_dynamic(target: str) -> None:
     assert decision.detail.endswith("; one group: 2 groups do not divide its rows")
 
 
+def test_rows_of_two_dynamic_dimensions() -> None:
+    """Rows of samples and tokens, both dynamic: a group of them is no group of either."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.inner = nn.Linear(12, 12), layers(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x * x.mean(1, keepdim=True)).relu()
+            return self.inner(h.flatten(0, 1)).view(x.shape[0], x.shape[1], 5)  # type: ignore[no-any-return]
+
+    module = Flat().double()
+    options = {"target": "eager", "strict": True, **GROUPED}
+    compiled = torch.compile(module, backend="ardd", dynamic=True, options=options)
+    for seed, (batch, tokens) in enumerate(((3, 4), (5, 6), (4, 9))):
+        (decision,) = check_exact(module, [f(batch, tokens, 12)], seed=seed, compiled=compiled)
+        assert decision.pattern == "grouped"
+    assert len(ardd.report().graphs) == 1
+
+
 def test_one_row() -> None:
     assert one_group(layers(0.5), f(1, 12)) == "it has one row, or one mask for all"
 
