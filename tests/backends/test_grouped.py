@@ -405,11 +405,12 @@ def test_rows_of_two_dynamic_dimensions() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.inner = nn.Linear(12, 12), layers(0.5)
+            self.a, self.b = nn.Linear(12, 32), nn.Linear(32, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.a(x * x.mean(1, keepdim=True)).relu()
-            return self.inner(h.flatten(0, 1)).view(x.shape[0], x.shape[1], 5)  # type: ignore[no-any-return]
+            h = torch.cat([x, x.cos()], 1)  # an even number of tokens
+            h = F.dropout(self.a(h.flatten(0, 1)), 0.5)
+            return self.b(h.view(x.shape[0], -1, 32).relu())  # type: ignore[no-any-return]
 
     module = Flat().double()
     options = {"target": "eager", "strict": True, **GROUPED}
