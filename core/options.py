@@ -20,20 +20,24 @@ class Options:
         OptionsError: A value has the wrong type or is out of range.
     """
 
-    pattern: Literal["auto", "block", "window", "row", "random", "deferred"] = "auto"
+    pattern: Literal["auto", "block", "grouped", "window", "row", "random", "deferred"] = "auto"
     """Structure of the masks.
 
     ``"auto"`` gives each dropout the structure that pays, or none where none does; ``"block"``
-    gives blocks to every dropout that can have them, whatever the price; ``"window"`` gives one
-    window of neighbouring features, that wraps around, and ``"row"`` every i-th feature, in the
-    same way; ``"random"`` leaves
-    ordinary dropout everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for
-    weight gradients the smallest values are dropped, in the family that ``saves`` names, of every
-    row where it names none.
+    gives blocks to every dropout that can have them, whatever the price; ``"grouped"`` does so with
+    blocks of its own for each of ``groups`` parts of the batch, where that can be done, and with
+    one set for all where not; ``"window"`` gives one window of neighbouring features, that wraps
+    around, and ``"row"`` every i-th feature, in the same way; ``"random"`` leaves ordinary dropout
+    everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for weight gradients
+    the smallest values are dropped, in the family that ``saves`` names, of every row where it names
+    none.
     """
     block_size: Literal["auto"] | int = "auto"
     """Neighbouring features that are kept or dropped together, or the side of a weight's tile;
     ``"auto"`` picks by price."""
+    groups: Literal["auto"] | int = "auto"
+    """Parts of the batch that ``"grouped"`` gives kept blocks of their own; fewer where so many do
+    not divide it. ``"auto"`` stands for 4."""
     rate_tolerance: float = 0.02
     """How far the rate used may be from the rate asked for, as an absolute difference.
 
@@ -170,8 +174,9 @@ def _is_budget(value: object) -> bool:
 
 # For each field, what it may be in words, and whether a value is that.
 _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    "pattern": _choice("auto", "block", "window", "row", "random", "deferred"),
+    "pattern": _choice("auto", "block", "grouped", "window", "row", "random", "deferred"),
     "block_size": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
+    "groups": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "rate_tolerance": ("a number from 0 to 1", _is_rate),
     "plans": ("an int of at least 1", lambda v: _is_int(v, 1)),
     "row_groups": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),

@@ -101,13 +101,14 @@ class _Compactor:
         assert isinstance(like, fx.Node)
         like = self._stored.get(like, like)  # only its symbolic sizes matter, which no form cuts
         form = self._support.form(mask, self._chosen)
-        axis = next((axis for axis in form if axis is not None), None)
-        if axis is None:
+        dim = next((dim for dim, axis in enumerate(form) if axis is not None), None)
+        axis = None if dim is None else form[dim]
+        if dim is None or axis is None:
             mask.args = (like, *mask.args[1:])
             return
         choice = self._chosen[axis]
         sizes = self._emit.sizes(mask, mask, like)
-        sizes[axis.dim] = choice.n_kept * choice.block
+        sizes[dim] = choice.n_kept * choice.block
         value = mask.meta["val"]
         scale = float(self._means[mask] / choice.keep)
         constant = self._emit.op(
@@ -204,7 +205,7 @@ class _Compactor:
         if (node, want) not in self._converted:
             # What is an input stays in memory anyway, and to gather it again costs 1 % of a step
             # at batch 128: the gathered part of a weight is not worth its memory.
-            again = node.op == "placeholder"
+            again = _is_input(node)
             policy = self._emit.marked(CheckpointPolicy.MUST_RECOMPUTE)
             with policy if again else contextlib.nullcontext():
                 self._converted[node, want] = self._change_form(node, stored, have, want, before)
@@ -239,6 +240,12 @@ class _Compactor:
             return self._convert(node, (None,) * len(shape_of(node)), output)
 
         output.args = fx.map_arg(output.args, dense)
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Returns whether the tensor is an input, or one that every group of rows reads."""
+    source = node.args[0] if node.target is aten.expand.default else node
+    return isinstance(source, fx.Node) and source.op == "placeholder"
 
 
 def _broadcasts_to(

@@ -24,10 +24,15 @@ class KeptAxis:
     """Size of that dimension."""
     inner: int = 1
     """Consecutive positions that one feature covers."""
+    groups: int = 1
+    """Groups of rows that have a kept set each. Above 1 a dimension is cut together with the groups
+    only: the tensor has them as its first dimension."""
 
     def scaled(self, inner: int) -> KeptAxis:
         """Returns the same kept set with every feature covering ``inner`` positions."""
-        return self if inner == self.inner else KeptAxis(self.site, self.dim, self.size, inner)
+        if inner == self.inner:
+            return self
+        return KeptAxis(self.site, self.dim, self.size, inner, self.groups)
 
 
 class Facts(frozenset[KeptAxis]):

@@ -12,10 +12,12 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..runtime.draw_blocks import draw_blocks
+from ..runtime.draw_groups import draw_groups
 from ..runtime.draw_rows import draw_rows
 from ..runtime.draw_window import draw_window
 from .emit import Emitter
 from .facts import KeptAxis
+from .group_blocks import by_blocks_of_groups
 from .price_plan import Choice
 from .relation import shape_of
 
@@ -23,6 +25,7 @@ aten = torch.ops.aten
 
 DRAWS: Mapping[str, Any] = {
     "block": draw_blocks,
+    "grouped": draw_groups,
     "row": draw_rows,
     "window": draw_window,
 }
@@ -31,7 +34,7 @@ DRAWS: Mapping[str, Any] = {
 
 @dataclasses.dataclass
 class KeptSet:
-    """The nodes of one draw."""
+    """The nodes of one draw, all with ``[groups]`` in front where rows are grouped."""
 
     choice: Choice
     kept: fx.Node
@@ -52,7 +55,10 @@ def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptS
     """
     device = mask.meta["val"].device
     op = DRAWS[choice.pattern]
-    sizes = (choice.n_blocks, list(choice.counts) if choice.counts else choice.n_kept)
+    n_kept = list(choice.counts) if choice.counts else choice.n_kept
+    sizes: tuple[Any, ...] = (choice.n_blocks, n_kept)
+    if choice.axis.groups > 1:
+        sizes = (choice.axis.groups, *sizes)
     with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
         pair = emit.op(before, op, *sizes, device, mask.args[4], choice.axis.site)
         kept = emit.op(before, operator.getitem, pair, 0)
@@ -70,9 +76,8 @@ def gather(
     unit = kept.choice.block * axis.inner
     if before.target is aten.convolution.default and len(shape_of(x)) == 1:
         return _bias_by_elements(emit, before, x, kept, unit)
-    return _by_blocks(
-        emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept
-    )
+    pick = by_blocks_of_groups if axis.groups > 1 else _by_blocks
+    return pick(emit, before, x, dim, kept.choice.n_blocks, kept.choice.n_kept, unit, kept.kept)
 
 
 def expand(
@@ -88,7 +93,8 @@ def expand(
     if kept.inside is None or kept.clamped is None:
         kept.inside = emit.op(before, aten.ge.Scalar, kept.slot, 0)
         kept.clamped = emit.op(before, aten.clamp_min.default, kept.slot, 0)
-    return _by_blocks(
+    pick = by_blocks_of_groups if axis.groups > 1 else _by_blocks
+    return pick(
         emit,
         before,
         x,

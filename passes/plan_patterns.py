@@ -113,7 +113,9 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
         n_kept = round(n_blocks * (1 - p))
         error = abs(1 - n_kept / n_blocks - p)
         if 0 < n_kept < n_blocks and error <= options.rate_tolerance + _ROUNDING:
-            pattern = "block" if options.pattern == "auto" else options.pattern
+            pattern = "window" if options.pattern == "window" else "block"
+            if axis.groups > 1:
+                pattern = "grouped"
             yield Choice(axis, block, n_blocks, n_kept, pattern)
 
 

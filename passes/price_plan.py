@@ -155,12 +155,13 @@ class PlanPricer:
         total = 0.0
         for want in self.wanted_forms(tensor, chosen):
             if want != have:
-                kind = "gather" if _cuts(have, want) else "expand"
-                sizes = self._sizes(tensor, _finer(have, want), chosen)
-                total += self._price(
-                    self._op(kind, tensor, sizes, _run(tensor, have, want, chosen))
-                )
+                total += self._price(self._conversion(tensor, have, want, chosen))
         return total
+
+    def _conversion(self, tensor: fx.Node, have: Form, want: Form, chosen: Chosen) -> OpCost:
+        kind = "gather" if _cuts(have, want) else "expand"
+        sizes = self._sizes(tensor, _finer(have, want), chosen)
+        return self._op(kind, tensor, sizes, _run(tensor, have, want, chosen))
 
     def wanted_forms(self, tensor: fx.Node, chosen: Chosen) -> set[Form]:
         """Returns the forms that the users of a tensor want it in."""

@@ -16,12 +16,15 @@ from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
 from .meet_budget import allowed_flops, meet_budget
+from .plan_groups import GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
+from .price_groups import GroupPricer
 from .price_plan import Choice, PlanPricer
 from .program_inputs import grads_of, inputs_in
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
 from .sites import Site, decide, static_shape
+from .split_rows import split_rows
 from .support import Support
 from .tile_weights import TileVerdict, tile_weights
 
@@ -88,8 +91,12 @@ class StructureDropout:
         masks = masks_in(graph)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         support = Support(graph, candidates)
+        grouped = self._groups(graph, masks, support)
+        support = grouped.support
         pricer = PlanPricer(support, model, device)
-        verdicts = self._verdicts(graph, masks, support, pricer, len(tiled))
+        if grouped.rows is not None:
+            pricer = GroupPricer(support, model, device, grouped.rows)
+        verdicts = grouped.explained(self._verdicts(graph, masks, support, pricer, len(tiled)))
         plans = [
             {v.choice.axis: v.choice.in_plan(plan) for v in verdicts.values() if v.choice}
             for plan in range(self.options.plans if self.options.pattern == "row" else 1)
@@ -110,7 +117,9 @@ class StructureDropout:
             if any(_keeps_all(chosen.get(axis)) for axis in support.masks[mask].values()):
                 mask.update_arg(2, 0.0)  # lowered to the constant that it is
         chosen = {axis: choice for axis, choice in chosen.items() if not _keeps_all(choice)}
-        compact(graph, support, {m: _float(m.args[3]) for m in masks}, chosen)
+        if grouped.rows is not None:
+            support = split_rows(graph, support, grouped.rows, chosen)
+        compact(graph, support, {m: _float(m.args[3]) for m in support.masks}, chosen)
         lower_random_masks(graph)
         graph.lint()
         return result
@@ -146,6 +155,13 @@ class StructureDropout:
         lower_random_masks(graph)
         graph.lint()
         return StructureResult(modified=True, decisions=tuple(decisions))
+
+    def _groups(self, graph: fx.Graph, masks: list[fx.Node], support: Support) -> GroupPlan:
+        if self.options.pattern != "grouped":
+            return GroupPlan(support, None, {})
+        able = [mask for mask in masks if self._refused(mask, support) is None]
+        parameters = inputs_in(graph, self.parameters)
+        return plan_groups(graph, support, able, parameters, self.options.groups)
 
     def _verdicts(
         self,

@@ -18,7 +18,7 @@ class Draw(NamedTuple):
     n_blocks: int
     """Blocks there were."""
     kept: Tensor
-    """int64 ``[n_kept]``, ascending, a copy."""
+    """int64 ``[n_kept]``, ascending, a copy; ``[n_groups, n_kept]`` where rows are grouped."""
 
 
 _recorders: list[list[Draw]] = []
@@ -38,6 +38,12 @@ def record_draws() -> Iterator[list[Draw]]:
     finally:
         # By identity: two empty lists are equal, and contexts may be closed out of order.
         _recorders[:] = [recorder for recorder in _recorders if recorder is not draws]
+
+
+def note_draw(site: int, n_blocks: int, kept: Tensor) -> None:
+    """Gives a draw to every open recorder, each a copy of its own."""
+    for recorder in _recorders:
+        recorder.append(Draw(site, n_blocks, kept.clone()))
 
 
 def draw(
@@ -72,12 +78,6 @@ def draw(
     slot.scatter_(0, kept, torch.arange(n_kept, device=device))
     note_draw(site, n_blocks, kept)
     return kept, slot
-
-
-def note_draw(site: int, n_blocks: int, kept: Tensor) -> None:
-    """Gives a copy of a draw to every open `record_draws`."""
-    for recorder in _recorders:
-        recorder.append(Draw(site, n_blocks, kept.clone()))
 
 
 def check_counts(n_blocks: int, n_kept: int) -> None:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import ardd
 from ardd.passes.kept_sets import DRAWS
+from ardd.runtime.draw_groups import draw_groups
 
 # name -> the dimensions that share a draw, given the number of dimensions
 DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
@@ -62,8 +63,10 @@ class Replay(TorchFunctionMode):
             if pattern == "row":  # how it was drawn is not recorded; no other draw may follow
                 assert all(decision.taken for decision in decisions)
                 break
-            op = DRAWS[pattern]
-            kept, _ = op(draw.n_blocks, len(draw.kept), torch.device("cpu"), draw.site, instance)
+            *groups, n_kept = draw.kept.shape
+            op = draw_groups if groups else DRAWS[pattern]
+            sizes = (*groups, draw.n_blocks, n_kept)
+            kept, _ = op(*sizes, torch.device("cpu"), draw.site, instance)
             assert torch.equal(kept, draw.kept)
 
     def __torch_function__(
@@ -131,10 +134,14 @@ class Replay(TorchFunctionMode):
         draw = self._kept[decision.site]
         assert decision.dim is not None
         assert decision.block is not None
-        blocks = torch.zeros(draw.n_blocks, dtype=x.dtype)
-        blocks[draw.kept] = draw.n_blocks / len(draw.kept)
-        features = blocks.repeat_interleave(decision.block)
+        *groups, n_kept = draw.kept.shape
+        blocks = torch.zeros(*groups, draw.n_blocks, dtype=x.dtype)
+        blocks.scatter_(-1, draw.kept, draw.n_blocks / n_kept)
+        features = blocks.repeat_interleave(decision.block, -1)
         view = [-1 if dim == decision.dim else 1 for dim in range(x.dim())]
+        if groups:
+            features = features.repeat_interleave(len(x) // groups[0], 0)
+            view[0] = len(x)
         return features.view(view).expand(sizes)
 
 

@@ -18,14 +18,17 @@ from ardd.core.errors import (
 )
 from ardd.core.options import Options
 
+PATTERNS = "'auto', 'block', 'grouped', 'window', 'row', 'random' or 'deferred'"
 FLOPS = "None, a fraction above 0 and at most 1.0, or an int of FLOPs of at least 0"
 WRONG: list[tuple[str, object, str]] = [
-    ("pattern", "blok", "'auto', 'block', 'window', 'row', 'random' or 'deferred'"),
-    ("pattern", None, "'auto', 'block', 'window', 'row', 'random' or 'deferred'"),
+    ("pattern", "blok", PATTERNS),
+    ("pattern", None, PATTERNS),
     ("block_size", 0, "'auto' or an int of at least 1"),
     ("block_size", 8.0, "'auto' or an int of at least 1"),
     ("block_size", True, "'auto' or an int of at least 1"),
     ("block_size", "8", "'auto' or an int of at least 1"),
+    ("groups", 0, "'auto' or an int of at least 1"),
+    ("groups", 2.0, "'auto' or an int of at least 1"),
     ("rate_tolerance", -0.01, "a number from 0 to 1"),
     ("rate_tolerance", 1.5, "a number from 0 to 1"),
     ("rate_tolerance", float("nan"), "a number from 0 to 1"),
@@ -83,12 +86,9 @@ def test_unknown_key_names_the_known_and_the_nearest() -> None:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
         "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, flops_budget, "
-        "max_rate, max_rewrites, memory_budget, pattern, rate_tolerance, save_bits, save_density, "
-        "saves, strict, target. "
+        "groups, max_period, max_rate, max_rewrites, memory_budget, pattern, plans, "
+        "rate_tolerance, row_groups, save_bits, save_density, saves, search, strict, target. "
         "Did you mean 'pattern'?"
-        "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, max_period, "
-        "max_rewrites, memory_budget, pattern, plans, rate_tolerance, row_groups, save_bits, "
-        "save_density, saves, search, strict, target. Did you mean 'pattern'?"
     )
 
 

@@ -1,0 +1,121 @@
+"""Decides how many groups of rows there are, and which dropouts have kept sets for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .facts import KeptAxis
+from .feature_dims import feature_axes
+from .group_support import GroupSupport
+from .plan_patterns import Verdict
+from .relation import shape_of
+from .row_groups import RowGroups, find_row_groups
+from .support import Support
+
+DEFAULT_GROUPS = 4
+"""With one kept set for a batch of 128, an MLP at p = 0.7 is 1.8 points below Bernoulli masks on
+MNIST; with 2 it is at par, and from 4 to 16 nothing changes any more, while every group gathers
+the weights once more (10 epochs of 4,000 images, 2 seeds)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """Which dropouts can have groups."""
+
+    support: Support
+    """The facts of the graph, with groups on the kept axes of those."""
+    rows: RowGroups | None
+    """Where their rows are, None where none can."""
+    refused: Mapping[fx.Node, str]
+    """Why the other masks that could be structured have none."""
+
+    def explained(self, verdicts: Mapping[fx.Node, Verdict]) -> dict[fx.Node, Verdict]:
+        """Returns the verdicts with what became of the groups in their details."""
+        return {mask: self._explained(mask, verdict) for mask, verdict in verdicts.items()}
+
+    def _explained(self, mask: fx.Node, verdict: Verdict) -> Verdict:
+        if verdict.choice is None or (verdict.choice.axis.groups == 1 and mask not in self.refused):
+            return verdict
+        groups = verdict.choice.axis.groups
+        said = f"{groups} groups of rows" if groups > 1 else f"one group: {self.refused[mask]}"
+        return dataclasses.replace(verdict, detail=f"{verdict.detail}; {said}")
+
+
+def plan_groups(
+    graph: fx.Graph,
+    support: Support,
+    masks: Collection[fx.Node],
+    parameters: Collection[fx.Node],
+    groups: Literal["auto"] | int,
+) -> GroupPlan:
+    """Finds the masks that can have groups, and the facts of the graph with them.
+
+    Args:
+        graph: the analysed graph.
+        support: its facts without groups.
+        masks: those that may be structured.
+        parameters: the placeholders that are parameters.
+        groups: how many are asked for. Fewer are taken where that many do not divide the rows.
+    """
+    wanted = DEFAULT_GROUPS if groups == "auto" else groups
+    refused = {mask: why for mask in masks if (why := _no_rows(mask)) is not None}
+    able = [mask for mask in masks if mask not in refused]
+    counts = {g: sum(_may_divide(g, mask) for mask in able) for g in range(2, wanted + 1)}
+    taken = max(counts, key=lambda g: (counts[g], g), default=1)
+    for mask in able:
+        if not counts:
+            refused[mask] = "1 group was asked for"
+        elif not counts[taken] or not _divides(taken, mask):
+            refused[mask] = f"{taken} groups do not divide its rows"
+    features = feature_axes(graph, support, parameters)
+    while True:
+        able = [mask for mask in masks if mask not in refused]
+        if not able:
+            return GroupPlan(support, None, refused)
+        rows = find_row_groups(support.relations, able, taken)
+        axes = {m: _axes(m, support, taken if m in able else 1) for m in support.masks}
+        grouped = GroupSupport(graph, axes, rows)
+        found = feature_axes(graph, grouped, parameters)
+        lost = [m for m in able if found.isdisjoint(axes[m].values())]
+        lost = [m for m in lost if not features.isdisjoint(support.masks[m].values())]
+        if not lost:
+            return GroupPlan(grouped, rows, refused)
+        refused |= dict.fromkeys(lost, "no product around it can be computed group by group")
+
+
+def _no_rows(mask: fx.Node) -> str | None:
+    shape = shape_of(mask)
+    if len(shape) < 2:
+        return "it has no rows beside its features"
+    return "it has one row, or one mask for all" if statically_known_true(shape[0] == 1) else None
+
+
+def _may_divide(groups: int, mask: fx.Node) -> bool:
+    """Returns whether the rows of the example are divided by so many groups."""
+    rows = shape_of(mask)[0]
+    if not isinstance(rows, int) and rows.node.has_hint():
+        rows = int(rows.node.hint)
+    return statically_known_true(rows % groups == 0) and statically_known_true(rows > 0)
+
+
+def _divides(groups: int, mask: fx.Node) -> bool:
+    """Returns whether so many groups divide the rows of every batch that the graph will run.
+
+    Where the batch is dynamic and the groups divide the example, the graph is guarded to be run
+    with such batches only; others compile a graph of their own.
+    """
+    rows = shape_of(mask)[0]
+    return _may_divide(groups, mask) and bool(rows % groups == 0)
+
+
+def _axes(mask: fx.Node, support: Support, groups: int) -> dict[int, KeptAxis]:
+    """Returns the kept axes of a mask; with groups none of its rows."""
+    axes = support.masks[mask]
+    if groups == 1:
+        return dict(axes)
+    return {d: dataclasses.replace(axis, groups=groups) for d, axis in axes.items() if d > 0}
