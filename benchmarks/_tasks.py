@@ -1,7 +1,8 @@
-"""What the quality benchmarks train: an MLP on MNIST and a transformer on text."""
+"""What the quality benchmarks train: an MLP on MNIST, a transformer and an LSTM on text."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import itertools
@@ -95,6 +96,24 @@ class CharModel(nn.Module):
         return logits
 
 
+class WordModel(nn.Module):
+    """Zaremba et al. 2014, https://arxiv.org/abs/1409.2329. Shapes: t tokens, b batch, d units."""
+
+    def __init__(self, words: int, units: int, layers: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, units)
+        self.drop = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(units, units, layers, dropout=dropout)
+        self.head = nn.Linear(units, words)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -0.05, 0.05)
+
+    def forward(self, x_tb: Tensor) -> Tensor:
+        h_tbd, _ = self.lstm(self.drop(self.embed(x_tb)))
+        logits: Tensor = self.head(self.drop(h_tbd))
+        return logits
+
+
 # ---- data --------------------------------------------------------------------------------
 
 
@@ -145,6 +164,27 @@ def characters(path: Path, steps: int) -> Task:
     return Task(
         name, "perplexity", build, _windows(ids[:cut], 64, 32), validation, steps, _adamw, 1.0
     )
+
+
+def words(train: Path, valid: Path, steps: int, units: int = 256) -> Task:
+    """The 10,000 most frequent words of a text in windows of 35; the other text validates."""
+    text, other = train.read_text("utf-8").split(), valid.read_text("utf-8").split()
+    frequent = [word for word, _ in collections.Counter(text).most_common(9_999)]
+    number = {word: i for i, word in enumerate(frequent)}
+    rare = len(frequent)
+    ids, valid_ids = (torch.tensor([number.get(w, rare) for w in part]) for part in (text, other))
+
+    def build(p: float) -> nn.Module:
+        return WordModel(rare + 1, units, dropout=p)
+
+    def time_first(batches: Iterator[Batch]) -> Iterator[Batch]:
+        return ((x.t(), y.t()) for x, y in batches)
+
+    def batches(seed: int) -> Iterator[Batch]:
+        return time_first(_windows(ids, 35, 20)(seed))
+
+    (validation,) = time_first(iter([_stacked(valid_ids, 35, 128)]))
+    return Task("LSTM on words", "perplexity", build, batches, validation, steps, _adamw, 5.0)
 
 
 def _windows(ids: Tensor, length: int, batch: int) -> Callable[[int], Iterator[Batch]]:

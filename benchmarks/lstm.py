@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmarks._measure import alternate, clock, header, milliseconds, ratio, table, write
+from benchmarks._tasks import WordModel
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -31,20 +32,6 @@ from torch import Tensor, nn
 import ardd
 
 Timed = Callable[[], dict[str, float]]
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, words: int, units: int, p: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(words, units)
-        self.before = nn.Dropout(p)
-        self.lstm = nn.LSTM(units, units, 2, dropout=p)
-        self.after = nn.Dropout(p)
-        self.decoder = nn.Linear(units, words)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        y, _ = self.lstm(self.before(self.embedding(ids)))
-        return self.decoder(self.after(y))  # type: ignore[no-any-return]
 
 
 class Floor(nn.Module):
@@ -78,7 +65,7 @@ def compare(units: int, p: float, args: argparse.Namespace) -> list[str]:
     """Returns the row of one size and one rate."""
     torch.compiler.reset()
     device = args.device
-    model = LanguageModel(args.words, units, p).to(device)
+    model = WordModel(args.words, units, dropout=p).to(device)
     ids, to = (torch.randint(args.words, (args.steps, args.batch), device=device) for _ in range(2))
     decisions = ardd.explain(ardd.compile(model), ids).decisions
     used = [d.p_used if d.taken and d.p_used is not None else 0.0 for d in decisions]
