@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .classify_saves import WEIGHT_GRADIENT, readers, same_values, use_of
+from .classify_saves import WEIGHT_GRADIENT, is_comparison, readers, same_values, use_of
 
 aten = torch.ops.aten
 
@@ -58,10 +58,10 @@ def can_defer(mask: fx.Node, forward: Collection[fx.Node], grads: Collection[fx.
         other: Any = next((x for x in product.all_input_nodes if x is not mask), None)
         if product.target is not aten.mul.Tensor or other is None or not _alike(product, other):
             return False
-        tensors = list(same_values(other))
-        inside = {product, mask, *tensors}
-        readers_of = {user for tensor in tensors for user in tensor.users if user in forward}
-        if tensors[-1].op == "placeholder" or not readers_of <= inside:
+        source = list(same_values(other))[-1]
+        others = {user for _, user in readers(source) if user in forward} - {product, mask}
+        others = {user for user in others if not is_comparison(user)}  # signs are kept apart
+        if source.op == "placeholder" or others:
             return False
         later = [(v, user) for v, user in readers(product) if user not in forward]
         if {use_of(v, user, grads) for v, user in later} != {WEIGHT_GRADIENT}:

@@ -110,6 +110,8 @@ def _can_run(node: fx.Node) -> bool:
         return False
     if target is dropout_mask:
         return False  # until it is lowered, it may have for its sizes a tensor that was cut
+    if target is aten.index.Tensor:  # only a mask as an index makes its sizes unknown
+        return all(x.meta["val"].dtype != torch.bool for x in node.all_input_nodes[1:])
     unknown = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
     return not target._schema.is_mutable and not any(tag in target.tags for tag in unknown)
 

@@ -28,6 +28,8 @@ _SMOOTH = {
 """Pointwise ops that make no large error out of a small one."""
 _BOUNDED_ARGUMENTS = {"div": 1, "addcdiv": 2}
 """Pointwise ops that are so in all but one argument."""
+_STEEP_AT_0 = {"log", "log1p", "reciprocal", "rsqrt", "sqrt"}
+"""Pointwise ops that are so away from 0."""
 _HUGE = 1e4
 """Numbers that stand for minus infinity in masks of attention are no smaller."""
 _FILLS = {"where", "masked_fill", "add", "sub", "mul", "constant_pad_nd", "scatter"}
@@ -92,7 +94,10 @@ def grows_at(value: fx.Node, user: fx.Node) -> str | None:
     if name == "sign":
         return "sgn"  # a use of that name is a comparison, which is saved apart
     if name in _BOUNDED_ARGUMENTS:
-        return name if value in user.args[_BOUNDED_ARGUMENTS[name] :] else None
+        steep = value in user.args[_BOUNDED_ARGUMENTS[name] :] and not _is_away_from_0(value)
+        return name if steep else None
+    if name in _STEEP_AT_0 and (_is_away_from_0(value) or (name == "log1p" and _positive(value))):
+        return None
     if name == "mul":
         others = [x for x in user.all_input_nodes if x is not value]
         return "div" if any(_is_quotient(x, value) for x in others) else None
@@ -101,6 +106,23 @@ def grows_at(value: fx.Node, user: fx.Node) -> str | None:
         polynomial = isinstance(exponent, (int, float)) and exponent >= 1
         return None if base is value and polynomial else name
     return None if name in _SMOOTH else name
+
+
+def _is_away_from_0(value: fx.Node) -> bool:
+    """Returns whether a tensor is at least 1 everywhere, as the denominator of a sigmoid is."""
+    if value.target is not aten.add.Tensor or len(value.args) != 2:
+        return False
+    return any(
+        isinstance(one, (int, float)) and one >= 1 and _positive(other)
+        for one, other in (value.args, reversed(value.args))
+    )
+
+
+def _positive(node: object) -> bool:
+    kinds = (aten.exp.default, aten.abs.default, aten.relu.default, aten.sigmoid.default)
+    if not isinstance(node, fx.Node):
+        return False
+    return node.target in kinds or (node.target is aten.mul.Tensor and node.args[0] is node.args[1])
 
 
 def _is_quotient(node: fx.Node, value: fx.Node) -> bool:
@@ -112,7 +134,8 @@ def _is_quotient(node: fx.Node, value: fx.Node) -> bool:
         node = node.all_input_nodes[0]
     if node.target is not aten.div.Tensor or not isinstance(node.args[1], fx.Node):
         return False
-    return shape_of(node.args[1]) == shape_of(value)
+    same = shape_of(node.args[1]) == shape_of(value)
+    return same and not _is_away_from_0(node.args[1])
 
 
 def may_hold_huge_values(node: fx.Node, *, from_inputs: bool) -> bool:

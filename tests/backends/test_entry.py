@@ -177,7 +177,7 @@ def test_unknown_mode() -> None:
         ({"patern": "block"}, r"Unknown option 'patern' \(given 'block'\)\. .* 'pattern'\?"),
         (
             {"pattern": "bloc"},
-            r"Option 'pattern' is 'bloc'\. Allowed: 'auto', 'block', 'window', 'row', 'random' or",
+            r"Option 'pattern' is 'bloc'\. Allowed: 'auto', 'block', 'grouped', 'window', 'row', ",
         ),
         ({"block_size": 0}, r"Option 'block_size' is 0\. Allowed: 'auto' or an int of at least 1"),
         ({"strict": 1}, r"Option 'strict' is 1\. Allowed: True or False"),

@@ -42,6 +42,7 @@ PROGRAMS: dict[str, Callable[[Tensor], Any]] = {
     "a view": lambda x: x.relu().view(24),
     "a view behind a pointwise op": lambda x: (x.relu() * 2).exp().view(2, 12) + 1,
     "one of many results": lambda x: x.relu().split(2)[1].sin().view(12),
+    "a view behind an index": lambda x: x.relu().view(4, 2, 3)[:, torch.arange(2)].view(24),
     "a result": lambda x: x.relu(),
     "a result behind a pointwise op": lambda x: (x.relu() + 1, x),
     "what memory holds": lambda x: (x.relu() + 1).as_strided((3, 2), (2, 1)),
