@@ -28,6 +28,8 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.mlp --out $(RESULTS)
 	$(BIN)/python -m benchmarks.gpt_block --out $(RESULTS)
+	$(BIN)/python -m benchmarks.lstm --out $(RESULTS)
+	$(BIN)/python -m benchmarks.dropconnect --out $(RESULTS)
 	$(BIN)/python -m benchmarks.saves --out $(RESULTS)
 	$(if $(MNIST),$(BIN)/python -m benchmarks.quality --out $(RESULTS) --mnist $(MNIST))
 	$(if $(MNIST),$(BIN)/python -m benchmarks.quality_saves --out $(RESULTS) --mnist $(MNIST))
@@ -41,6 +43,8 @@ gpu:
 	$(PYTHON) -m benchmarks.mlp --device cuda --out $(RESULTS)
 	$(PYTHON) -m benchmarks.gpt_block --device cuda --out $(RESULTS)
 	$(PYTHON) -m benchmarks.saves --device cuda --out $(RESULTS)
+	$(PYTHON) -m benchmarks.lstm --device cuda --out $(RESULTS)
+	$(PYTHON) -m benchmarks.dropconnect --device cuda --out $(RESULTS)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
