@@ -31,6 +31,7 @@ from .cut_graphs import Cut, bytes_of, root_of
 from .defer_dropout import deferred_rate
 from .encode_saves import contractions
 from .plan_saves import BY_FEATURE, ROUNDING, SaveFacts, exact_codec, lossy_codecs
+from .program_inputs import results_only_at
 from .relation import shape_of
 from .save_layout import RowLayout, row_layout
 from .sites import module_path, static_shape
@@ -60,13 +61,7 @@ class Pin:
     @property
     def bytes(self) -> int:
         """Bytes of its results, one bit for each."""
-        width: int = self.operand.meta["val"].element_size()
-        return (
-            bytes_of(self.operand)
-            // width
-            // self.layout.row
-            * PackBits().row_bytes(self.layout.row, torch.bool)
-        )
+        return _bytes_of_bits(self.operand, self.layout.row)
 
 
 @dataclasses.dataclass
@@ -126,8 +121,7 @@ class Save:
         """Bytes of the comparisons, one bit for each."""
         assert self.facts is not None
         compared = {(u.target, u.args[1]) for _, u in comparisons(self.given)}
-        row, elements = self.facts.row, bytes_of(self.node) // self.facts.dtype.itemsize
-        return len(compared) * (elements // row) * PackBits().row_bytes(row, torch.bool)
+        return len(compared) * _bytes_of_bits(self.node, self.facts.row)
 
     def row(self, encoding: str, after: int, reason: SaveReason, *, exact: bool) -> SavedTensor:
         """Returns the row of the report."""
@@ -138,7 +132,7 @@ def describe_saves(cut: Cut, options: Options) -> list[Save]:
     """Returns what is known of everything that a cut saves."""
     kept = cut.returned
     shared = Counter(root_of(node) for node, _ in cut.saves())
-    grads, seen = _parameter_grads(cut), set()
+    grads, seen = results_only_at(cut.backward.graph, cut.parameter_grads), set()
     pins = _pins(cut) if options.saves in ROUNDING else {}
     growth = ErrorGrowth(pins)
     saves = []
@@ -254,13 +248,10 @@ def _made_of(node: fx.Node, parameters: Collection[fx.Node]) -> bool:
     return True
 
 
-def _parameter_grads(cut: Cut) -> Collection[fx.Node]:
-    """Returns the nodes that are gradients of parameters and of nothing else."""
-    (results,) = cut.backward.graph.output_node().args
-    assert isinstance(results, (tuple, list))
-    nodes = [(i, result) for i, result in enumerate(results) if isinstance(result, fx.Node)]
-    others = {node for i, node in nodes if i not in cut.parameter_grads}
-    return {node for i, node in nodes if i in cut.parameter_grads} - others
+def _bytes_of_bits(node: fx.Node, row: int) -> int:
+    """Returns the bytes of one bit for every element of a tensor, packed in rows."""
+    elements = bytes_of(node) // node.meta["val"].element_size()
+    return int(elements // row * PackBits().row_bytes(row, torch.bool))
 
 
 def keeps_sign(codec: Codec | TokenRows) -> bool:

@@ -30,6 +30,14 @@ def grads_of(joint: fx.Graph, indices: Collection[int], num_fwd_outputs: int) ->
     ]
 
 
+def results_only_at(graph: fx.Graph, places: Collection[int]) -> set[fx.Node]:
+    """Returns the nodes that a graph returns at some places, and at no other one as well."""
+    (results,) = graph.output_node().args
+    assert isinstance(results, (tuple, list))
+    nodes = [(i in places, node) for i, node in enumerate(results) if isinstance(node, fx.Node)]
+    return {node for there, node in nodes if there} - {node for there, node in nodes if not there}
+
+
 def _index(described: object) -> int | None:
     # Tokens that order side effects have an index too, of their own count.
     return described.idx if isinstance(described, PlainAOTInput) else None

@@ -20,7 +20,7 @@ from .plan_groups import GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
 from .price_groups import GroupPricer
 from .price_plan import Choice, PlanPricer
-from .program_inputs import grads_of, inputs_in
+from .program_inputs import grads_of, inputs_in, results_only_at
 from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
 from .sites import Site, decide, static_shape
@@ -127,7 +127,8 @@ class StructureDropout:
     def _deferred(self, graph: fx.Graph, masks: list[fx.Node]) -> StructureResult:
         """Takes the masks out of the graph that saves alone can be dropped for."""
         fuel = self.options.max_rewrites
-        forward, grads = set(forward_nodes(graph)), self._parameter_grads(graph)
+        forward = set(forward_nodes(graph))
+        grads = results_only_at(graph, grads_of(graph, self.parameters, 0))
         deferred: list[fx.Node] = []
         decisions = []
         for mask in masks:
@@ -226,14 +227,6 @@ class StructureDropout:
             flops_before=pricer.flops(touched, {}),
             flops_after=_mean_flops(pricer, touched, plans),
         )
-
-    def _parameter_grads(self, graph: fx.Graph) -> set[fx.Node]:
-        """Returns the results of the graph that are gradients of parameters and nothing else."""
-        (results,) = graph.output_node().args
-        assert isinstance(results, (tuple, list))
-        places = set(grads_of(graph, self.parameters, 0))
-        nodes = [(i in places, node) for i, node in enumerate(results) if node is not None]
-        return {node for is_grad, node in nodes if is_grad} - {n for g, n in nodes if not g}
 
     def _tile_decision(self, mask: fx.Node, verdict: TileVerdict) -> Decision:
         site, tiling = self._site(mask), verdict.tiling
