@@ -20,7 +20,8 @@ def source_hash() -> str:
     digest = hashlib.sha256(VERSION.encode())
     root = Path(__file__).parent.parent
     for part in ("core", "runtime", "passes", "backends"):
-        for path in sorted((root / part).rglob("*.py")):
+        files = (root / part).rglob("*")
+        for path in sorted(file for file in files if file.suffix in (".py", ".cpp")):
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

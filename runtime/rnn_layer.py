@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import DerivativeError
-from . import rnn_cudnn, rnn_loop, rnn_onednn
+from . import rnn_cudnn, rnn_loop, rnn_onednn, rnn_packed
 
 # The schemas name what the rules of the support analysis look up.
 _WEIGHTS = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
@@ -19,13 +19,15 @@ _RESULTS = "Tensor y, Tensor h, Tensor c, Tensor reserve, Tensor extra, Tensor w
 
 
 def choose_kernel(kind: str, x: Tensor, hidden: int) -> str:
-    """Returns what runs a layer best: ``onednn``, ``cudnn`` or ``loop``.
+    """Returns what runs a layer best: ``packed``, ``onednn``, ``cudnn`` or ``loop``.
 
     Args:
         kind: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
         x: ``[T, N, I]``, as the layer will get it; may be fake, with symbolic sizes.
         hidden: H.
     """
+    if rnn_packed.pays(x.shape[1], hidden) and rnn_packed.supports(kind, x, hidden):
+        return "packed"
     if rnn_onednn.supports(kind, x, hidden):
         return "onednn"
     return "cudnn" if rnn_cudnn.supports(x) else "loop"
@@ -63,19 +65,23 @@ def run_layer(
         y: ``[T, N, H]``.
         h: ``[N, H]``, the last state.
         c: ``[N, H]``, the last cell state of an LSTM, else ``[0]``.
-        reserve: what backward needs. For ``loop`` ``[T, N, R]`` with the gates. The other two know
-            the size of theirs only when they run: it is a view, of a size that the graph can know,
-            of memory that is larger.
-        extra: for ``cudnn`` the same for the weights as it packed them; for ``onednn`` int64
-            ``[2]``, how large that memory is and where, which tells a copy from it; else ``[0]``.
+        reserve: what backward needs. For ``loop`` and ``packed`` ``[T, N, R]`` with the gates. The
+            other two know the size of theirs only when they run: it is a view, of a size that the
+            graph can know, of memory that is larger.
+        extra: for ``packed`` the cell states ``[T, N, H]``; for ``cudnn`` such a view of the
+            weights as it packed them; for ``onednn`` int64 ``[2]``, how large that memory is and
+            where, which tells a copy from it; else ``[0]``.
         width: ``[I, 0]``, no memory at all, but backward learns from it what I was in the forward.
 
     Raises:
-        ValueError: the kernel is none of the three.
+        ValueError: the kernel is none of the four.
     """
     extra = x.new_empty(0)
     if kernel == "loop":
         y, h, c, reserve = rnn_loop.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse)
+    elif kernel == "packed":
+        assert c0 is not None
+        y, h, c, reserve, extra = rnn_packed.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
     elif kernel == "onednn":
         assert c0 is not None
         y, h, c, reserve = rnn_onednn.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save)
@@ -84,7 +90,8 @@ def run_layer(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse, save
         )
     else:
-        raise ValueError(f"Kernel {kernel!r} is not known. Expected 'loop', 'onednn' or 'cudnn'.")
+        known = "'packed', 'onednn', 'cudnn' or 'loop'"
+        raise ValueError(f"Kernel {kernel!r} is not known. Expected {known}.")
     if not save:
         reserve, extra = x.new_empty(0), x.new_empty(0)
     elif kernel == "onednn":
@@ -146,6 +153,10 @@ def run_layer_backward(
     if kernel == "loop":
         args = (dy, dh, dc, x, h0, c0, w_ih, w_hh, y, reserve, kind, reverse, wanted)
         grads = rnn_loop.backward(*args)
+    elif kernel == "packed":
+        assert c0 is not None
+        given = (dy, dh, dc, x, h0, c0, w_ih, w_hh, y, reserve, extra, reverse, wanted)
+        grads = rnn_packed.backward(*given)
     else:
         if _is_lost(reserve, extra, kernel) or len(width) < x.shape[2]:
             # A copy of a view has not what lies behind it. And of an input whose zeros the forward
@@ -156,8 +167,11 @@ def run_layer_backward(
         reserve = _whole(reserve)
         if kernel == "onednn":
             assert c0 is not None
-            given = (dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, reserve, reverse)
-            grads = list(rnn_onednn.backward(*given))
+            grads = list(
+                rnn_onednn.backward(
+                    *(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, reserve, reverse)
+                )
+            )
         else:
             grads = rnn_cudnn.backward(
                 *(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, reserve),
@@ -218,6 +232,11 @@ def _fake_layer(
     reserve, extra = x.new_empty(0), x.new_empty(0)
     if save and kernel == "loop":
         reserve = x.new_empty(steps, samples, rnn_loop.RESERVED[kind] * hidden)
+    elif save and kernel == "packed":
+        reserve, extra = (
+            x.new_empty(steps, samples, 4 * hidden),
+            x.new_empty(steps, samples, hidden),
+        )
     elif save and kernel == "onednn":
         reserve = x.new_empty(rnn_onednn.workspace_bytes(x, hidden), dtype=torch.uint8)
         extra = x.new_empty(2, dtype=torch.int64)

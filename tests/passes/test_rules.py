@@ -232,11 +232,14 @@ ROWS: list[Row] = [
     # Recurrent layers
     Row(rnn_layer, lambda: (*layer("lstm"), "lstm", False, "loop", True), "..a .. .. .a .. . . -> ... .. .. ? ? ?", "-, -, -, ?, ?, ?"),
     Row(rnn_layer, lambda: (*layer("lstm", False), "lstm", True, "loop", True), "..a .. .. .a .. -> ... .. .. ? ? ?", "-, -, -, ?, ?, ?"),
-    Row(
-        rnn_layer,
-        lambda: (*layer("lstm", True, torch.float32), "lstm", True, "onednn", True),
-        "..a .. .. .a .. . . -> ... .. .. ? ? ?",
-        "-, -, -, ?, ?, ?",
+    *(
+        Row(
+            rnn_layer,
+            lambda k=k: (*layer("lstm", True, torch.float32), "lstm", True, k, True),  # type: ignore[misc]
+            "..a .. .. .a .. . . -> ... .. .. ? ? ?",
+            "-, -, -, ?, ?, ?",
+        )
+        for k in ("onednn", "packed")
     ),
     *(
         Row(rnn_layer, lambda k=k: (*layer(k), k, False, "loop", False), "..a .. .a .. . . -> ... .. . ? ? ?", "-, -, -, ?, ?, ?")  # type: ignore[misc]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.codecache import CppCodeCache
+from torch._inductor.exc import InvalidCxxCompiler
 
 import ardd
-from ardd.runtime import rnn_cudnn, rnn_layer, rnn_onednn
+from ardd.runtime import rnn_cudnn, rnn_layer, rnn_onednn, rnn_packed
 from ardd.runtime.rnn_layer import choose_kernel
 
 # Their operands come in lists
@@ -96,10 +99,11 @@ def test_loop(kind: str, bias: bool, reverse: bool) -> None:
     compare(kind, "loop", bias=bias, reverse=reverse)
 
 
+@pytest.mark.parametrize("kernel", ["onednn", "packed"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_onednn(bias: bool, reverse: bool) -> None:
-    compare("lstm", "onednn", torch.float32, bias=bias, reverse=reverse)
+def test_lstm_on_a_cpu(bias: bool, reverse: bool, kernel: str) -> None:
+    compare("lstm", kernel, torch.float32, bias=bias, reverse=reverse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -120,7 +124,7 @@ USED = [used for used in itertools.product([False, True], repeat=3) if any(used)
 
 
 @pytest.mark.parametrize("used", USED[:-1])
-@pytest.mark.parametrize("kernel", ["loop", "onednn"])
+@pytest.mark.parametrize("kernel", ["loop", "onednn", "packed"])
 def test_results_that_nobody_uses(kernel: str, used: tuple[bool, bool, bool]) -> None:
     """Their gradients are missing, not zeros."""
     compare("lstm", kernel, torch.float32, used=used)
@@ -128,7 +132,10 @@ def test_results_that_nobody_uses(kernel: str, used: tuple[bool, bool, bool]) ->
 
 
 @pytest.mark.parametrize("sizes", [(1, 3, 6, 4), (5, 1, 1, 1), (5, 3, 17, 33), (5, 3, 40, 4)])
-@pytest.mark.parametrize(("kind", "kernel"), [(k, "loop") for k in KINDS] + [("lstm", "onednn")])
+@pytest.mark.parametrize(
+    ("kind", "kernel"),
+    [(kind, "loop") for kind in KINDS] + [("lstm", "onednn"), ("lstm", "packed")],
+)
 def test_sizes(kind: str, kernel: str, sizes: tuple[int, int, int, int]) -> None:
     compare(kind, kernel, torch.float32, sizes=sizes)
 
@@ -248,22 +255,152 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernel("lstm", x.half(), 4) == "loop"
     assert choose_kernel("lstm", x[:, :0], 4) == "loop"
     assert choose_kernel("gru", x, 4) == "loop"
+    # A state's weight of 16 MiB, and few samples that share a reading of it
+    assert choose_kernel("lstm", x, 1024) == ("packed" if onednn == "onednn" else "loop")
+    assert choose_kernel("lstm", x, 1023) == onednn
+    assert choose_kernel("lstm", x.expand(5, 3, 6).repeat(1, 11, 1), 1024) == onednn
+    assert choose_kernel("lstm", x.double(), 1024) == "loop"
+    assert choose_kernel("gru", x, 1024) == "loop"
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
     assert choose_kernel("lstm", x, 4) == "loop"
     monkeypatch.setattr(rnn_cudnn, "supports", lambda x: True)
     assert choose_kernel("gru", x, 4) == "cudnn"
 
 
+# ---- the recurrence in C++ ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2, 9, 10, 11, 20, 21, 31])
+@pytest.mark.parametrize("hidden", [1, 15, 16, 31, 32, 33, 70])
+def test_edges_of_tiles_and_panels(samples: int, hidden: int) -> None:
+    compare(
+        "lstm", "packed", torch.float32, sizes=(4, samples, 5, hidden), reverse=samples % 2 == 1
+    )
+
+
+def test_more_units_than_a_panel_keeps_in_cache() -> None:
+    """One product is summed up in several parts."""
+    compare("lstm", "packed", torch.float32, sizes=(2, 3, 5, 1601))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_number_of_threads(threads: int) -> None:
+    """With 7 there are threads without units."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare("lstm", "packed", torch.float32, sizes=(5, 4, 6, 70))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layers_that_share_a_workspace() -> None:
+    """It grows, and a smaller layer after that does not see what a larger one left."""
+    for hidden in (33, 100, 10, 64):
+        compare("lstm", "packed", torch.float32, sizes=(3, 2, 6, hidden))
+
+
+def single_step(gates: Tensor) -> list[Tensor]:
+    """Returns y, and the gradient of what the input adds to the gates, of one unit each sample."""
+    x, zeros = gates.requires_grad_(), torch.zeros(len(gates[0]), 1)
+    weights = torch.eye(4), torch.zeros(4, 1)
+    given = (x, zeros, zeros + 0.5, *weights, None, None, "lstm", False, "packed", True)
+    y = torch.ops.ardd.rnn_layer(*given)[0]
+    return [y, *torch.autograd.grad(y.sum(), x)]
+
+
+def test_sigmoid_and_tanh() -> None:
+    """Against double precision, from where they are linear to where they no longer move."""
+    sizes = torch.cat(
+        [torch.logspace(-30, 2.5, 200), torch.tensor([0.6249, 0.625, 0.6251, 88, 89])]
+    )
+    values = torch.cat([-sizes, torch.zeros(1), sizes])
+    for place in range(4):
+        gates = torch.full((1, len(values), 4), 0.3)
+        gates[..., place] = values
+        y, grad = single_step(gates.clone())
+        exact = gates.double().requires_grad_()
+        i, f, g, o = exact.unbind(-1)
+        want = o.sigmoid() * (f.sigmoid() * 0.5 + i.sigmoid() * g.tanh()).tanh()
+        (want_grad,) = torch.autograd.grad(want.sum(), exact)
+        torch.testing.assert_close(y[..., 0].double(), want, rtol=2e-6, atol=1e-38)
+        # A derivative is a difference from 1: what is left of it near 1 is rounding
+        torch.testing.assert_close(grad.double(), want_grad, rtol=2e-5, atol=1e-7)
+
+
+def test_not_a_number_and_overflow() -> None:
+    gates = torch.zeros(1, 4, 4)
+    gates[0, 0, 0] = gates[0, 1, 2] = torch.nan
+    gates[0, 2] = 3e38
+    gates[0, 3] = -3e38
+    y, _ = single_step(gates)
+    assert y[0, :2].isnan().all()
+    torch.testing.assert_close(y[0, 2:, 0], torch.tensor([1.5, 0.0]).tanh())
+
+
+def test_tensors_of_any_strides() -> None:
+    tensors = operands("lstm", torch.float32)
+    plain = [tensor.detach() for tensor in tensors]
+    strided = [t.t().contiguous().t() if t.dim() == 2 else t for t in plain]
+    strided[0] = plain[0].transpose(0, 2).contiguous().transpose(0, 2)
+    for a, b in zip(both_ways(strided, kernel="packed"), both_ways(plain), strict=True):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kernel", ["loop", "packed"])
+def test_what_is_given_is_left_as_it_is(kernel: str) -> None:
+    tensors = data()
+    before = [tensor.clone() for tensor in tensors]
+    results = run_layer(*tensors, "lstm", False, kernel, True)
+    y, h, c, *reserved = results
+    kept = [tensor.clone() for tensor in results]
+    args = (y, h, c, *tensors, y, c, *reserved, "lstm", False, kernel, [True] * 7)
+    run_layer_backward(*args)
+    for a, b in zip([*tensors, *results], [*before, *kept], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def load(source: str, **options: Any) -> Any:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(CppCodeCache, "load", load)
+    rnn_packed._library.cache_clear()
+    yield
+    rnn_packed._library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler() -> None:
+    """oneDNN runs the layer; a program that was compiled elsewhere says what is missing."""
+    assert choose_kernel("lstm", torch.randn(5, 3, 6), 1024) in ("onednn", "loop")
+    with pytest.raises(RuntimeError, match="compiler available"):
+        run_layer(*data(), "lstm", False, "packed", True)
+
+
+def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory = SimpleNamespace(lstm_forward=lambda *args: 0)
+    monkeypatch.setattr(rnn_packed, "_library", lambda: no_memory)
+    with pytest.raises(MemoryError, match="packed copy"):
+        run_layer(*data(), "lstm", False, "packed", True)
+
+
 # ---- the memory that oneDNN keeps, of which the graph sees a part -------------------------
 
 
-def both_ways(tensors: list[Any], change: Callable[[list[Any]], None] = lambda r: None) -> Any:
-    """Returns the gradients of a layer on oneDNN, with what it saved changed before backward."""
-    y, _, c, *reserved = run_layer(*tensors, "lstm", False, "onednn", True)
+def both_ways(
+    tensors: list[Any],
+    change: Callable[[list[Any]], None] = lambda r: None,
+    kernel: str = "onednn",
+) -> Any:
+    """Returns the gradients of a layer, with what its forward saved changed before backward."""
+    y, _, c, *reserved = run_layer(*tensors, "lstm", False, kernel, True)
     change(reserved)
     dy = torch.linspace(-1, 1, y.numel()).view(y.shape)
     return run_layer_backward(
-        dy, None, None, *tensors, y, c, *reserved, "lstm", False, "onednn", [True] * 7
+        dy, None, None, *tensors, y, c, *reserved, "lstm", False, kernel, [True] * 7
     )
 
 
@@ -348,10 +485,11 @@ def test_a_workspace_that_is_smaller_than_the_graph_thinks(
 
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "kernel"), [("lstm", "loop"), ("gru", "loop"), ("lstm", "onednn")]
+    ("kind", "kernel"),
+    [("lstm", "loop"), ("gru", "loop"), ("lstm", "onednn"), ("lstm", "packed")],
 )
 def test_opcheck(kind: str, kernel: str, save: bool) -> None:
-    dtype = torch.float32 if kernel == "onednn" else torch.float64
+    dtype = torch.float64 if kernel == "loop" else torch.float32
     tensors = operands(kind, dtype)
     checks = ["test_schema", "test_faketensor", "test_aot_dispatch_static"]
     if kernel == "onednn" and save:
