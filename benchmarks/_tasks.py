@@ -149,27 +149,41 @@ def mnist(folder: Path, steps: int, learning_rate: float = 0.02) -> Task:
     return Task("MLP on MNIST", "accuracy %", mlp, batches, validation, steps, optimizer)
 
 
-def characters(path: Path, steps: int) -> Task:
-    """The first nine tenths of a text in windows of 64 characters; 128 of the rest."""
+def characters(path: Path, steps: int, limit: int | None = None) -> Task:
+    """The first nine tenths of a text in windows of 64 characters; 128 of the rest.
+
+    With a limit only so many characters are trained on: dropout is for a model that has seen its
+    data many times.
+    """
     text = path.read_text("utf-8")
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = torch.tensor([number[character] for character in text])
     cut = len(ids) * 9 // 10
+    train = ids[:cut][:limit]
 
     def build(p: float) -> nn.Module:
         return CharModel(width=128, layers=2, heads=4, dropout=p)
 
     validation = _stacked(ids[cut:], 64, 128)
     name = "character transformer"
-    return Task(
-        name, "perplexity", build, _windows(ids[:cut], 64, 32), validation, steps, _adamw, 1.0
-    )
+    return Task(name, "perplexity", build, _windows(train, 64, 32), validation, steps, _adamw, 1.0)
 
 
-def words(train: Path, valid: Path, steps: int, units: int = 256) -> Task:
-    """The 10,000 most frequent words of a text in windows of 35; the other text validates."""
-    text, other = train.read_text("utf-8").split(), valid.read_text("utf-8").split()
-    frequent = [word for word, _ in collections.Counter(text).most_common(9_999)]
+def words(
+    train: Path, valid: Path, steps: int, units: int = 256, known: int = 10_000, limit: int = -1
+) -> Task:
+    """The most frequent words of a text in windows of 35; the other text validates.
+
+    Args:
+        train: the text.
+        valid: the other.
+        steps: see `Task`.
+        units: of the LSTM.
+        known: the most frequent words that are told apart, and one for all others.
+        limit: how many words are trained on, see `characters`; -1 for all but the last.
+    """
+    text, other = train.read_text("utf-8").split()[:limit], valid.read_text("utf-8").split()
+    frequent = [word for word, _ in collections.Counter(text).most_common(known - 1)]
     number = {word: i for i, word in enumerate(frequent)}
     rare = len(frequent)
     ids, valid_ids = (torch.tensor([number.get(w, rare) for w in part]) for part in (text, other))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,10 +16,16 @@ from .relation import shape_of
 from .row_groups import RowGroups, find_row_groups
 from .support import Support
 
-DEFAULT_GROUPS = 4
-"""With one kept set for a batch of 128, an MLP at p = 0.7 is 1.8 points below Bernoulli masks on
+GROUPS = {"auto": 2, "grouped": 4}
+"""Pattern to the groups it has where the options name no number.
+
+With one kept set for a batch of 128, an MLP at p = 0.7 is 1.8 points below Bernoulli masks on
 MNIST; with 2 it is at par, and from 4 to 16 nothing changes any more, while every group gathers
-the weights once more (10 epochs of 4,000 images, 2 seeds)."""
+the weights once more (10 epochs of 4,000 images, 2 seeds). 2 cost that MLP, 2,048 wide, 10 % of
+its speed at a batch of 128 and 3 % at 512; 4 cost 40 % and 20 %."""
+HIGH_RATE = 0.5
+"""Above it the pattern "auto" has groups. Up to it one kept set trains as well as Bernoulli masks
+(benchmarks/results/quality_cpu_202611.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,14 @@ class GroupPlan:
     """Where their rows are, None where none can."""
     refused: Mapping[fx.Node, str]
     """Why the other masks that could be structured have none."""
+
+    def holds(self, verdicts: Mapping[fx.Node, Verdict]) -> bool:
+        """Returns whether all dropouts that can have groups are structured with them."""
+        return all(
+            verdict.choice is not None
+            for mask, verdict in verdicts.items()
+            if any(axis.groups > 1 for axis in self.support.masks[mask].values())
+        )
 
     def explained(self, verdicts: Mapping[fx.Node, Verdict]) -> dict[fx.Node, Verdict]:
         """Returns the verdicts with what became of the groups in their details."""
@@ -51,7 +64,7 @@ def plan_groups(
     support: Support,
     masks: Collection[fx.Node],
     parameters: Collection[fx.Node],
-    groups: Literal["auto"] | int,
+    groups: int,
 ) -> GroupPlan:
     """Finds the masks that can have groups, and the facts of the graph with them.
 
@@ -62,10 +75,9 @@ def plan_groups(
         parameters: the placeholders that are parameters.
         groups: how many are asked for. Fewer are taken where that many do not divide the rows.
     """
-    wanted = DEFAULT_GROUPS if groups == "auto" else groups
     refused = {mask: why for mask in masks if (why := _no_rows(mask)) is not None}
     able = [mask for mask in masks if mask not in refused]
-    counts = {g: sum(_may_divide(g, mask) for mask in able) for g in range(2, wanted + 1)}
+    counts = {g: sum(_may_divide(g, mask) for mask in able) for g in range(2, groups + 1)}
     taken = max(counts, key=lambda g: (counts[g], g), default=1)
     for mask in able:
         if not counts:

@@ -16,7 +16,7 @@ from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
 from .meet_budget import allowed_flops, meet_budget
-from .plan_groups import GroupPlan, plan_groups
+from .plan_groups import GROUPS, HIGH_RATE, GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
 from .price_groups import GroupPricer
 from .price_plan import Choice, PlanPricer
@@ -90,13 +90,15 @@ class StructureDropout:
         device = masks[0].meta["val"].device
         masks = masks_in(graph)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
-        support = Support(graph, candidates)
-        grouped = self._groups(graph, masks, support)
-        support = grouped.support
-        pricer = PlanPricer(support, model, device)
-        if grouped.rows is not None:
-            pricer = GroupPricer(support, model, device, grouped.rows)
-        verdicts = grouped.explained(self._verdicts(graph, masks, support, pricer, len(tiled)))
+        ungrouped = GroupPlan(Support(graph, candidates), None, {})
+        for grouped in (self._groups(graph, masks, ungrouped), ungrouped):
+            support = grouped.support
+            pricer = PlanPricer(support, model, device)
+            if grouped.rows is not None:
+                pricer = GroupPricer(support, model, device, grouped.rows)
+            verdicts = grouped.explained(self._verdicts(graph, masks, support, pricer, len(tiled)))
+            if self.options.pattern != "auto" or grouped.holds(verdicts):
+                break
         plans = [
             {v.choice.axis: v.choice.in_plan(plan) for v in verdicts.values() if v.choice}
             for plan in range(self.options.plans if self.options.pattern == "row" else 1)
@@ -157,12 +159,18 @@ class StructureDropout:
         graph.lint()
         return StructureResult(modified=True, decisions=tuple(decisions))
 
-    def _groups(self, graph: fx.Graph, masks: list[fx.Node], support: Support) -> GroupPlan:
-        if self.options.pattern != "grouped":
-            return GroupPlan(support, None, {})
-        able = [mask for mask in masks if self._refused(mask, support) is None]
+    def _groups(self, graph: fx.Graph, masks: list[fx.Node], ungrouped: GroupPlan) -> GroupPlan:
+        lowest = {"grouped": 0.0, "auto": HIGH_RATE}.get(self.options.pattern)
+        if lowest is None:
+            return ungrouped
+        support, wanted = ungrouped.support, self.options.groups
+        able = [
+            m for m in masks if self._refused(m, support) is None and _float(m.args[2]) > lowest
+        ]
+        if wanted == "auto":
+            wanted = GROUPS[self.options.pattern]
         parameters = inputs_in(graph, self.parameters)
-        return plan_groups(graph, support, able, parameters, self.options.groups)
+        return plan_groups(graph, support, able, parameters, wanted)
 
     def _verdicts(
         self,
