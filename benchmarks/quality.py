@@ -2,9 +2,9 @@
 
 An MLP on 8,000 images of MNIST, a transformer on 50,000 characters and an LSTM on 50,000 words are
 trained with every kind of mask from the same weights on the same batches, seed by seed: few data,
-seen about ten times and more, since that is what dropout is for. Structured masks are drawn by ardd itself;
-none and Bernoulli run under stock Inductor, for the LSTM in eager PyTorch, which Inductor leaves it
-to.
+seen ten times and more, since that is what dropout is for. Structured masks are drawn by ardd
+itself; none and Bernoulli run under stock Inductor, for the LSTM in eager PyTorch, which Inductor
+leaves it to.
 
     python -m benchmarks.quality --mnist DIR --text FILE --words TRAIN VALID --out DIR
 """

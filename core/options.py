@@ -23,7 +23,8 @@ class Options:
     pattern: Literal["auto", "block", "grouped", "window", "row", "random", "deferred"] = "auto"
     """Structure of the masks.
 
-    ``"auto"`` gives each dropout the structure that pays, or none where none does; ``"block"``
+    ``"auto"`` gives each dropout blocks where these pay, at rates above 0.5 with blocks of its own
+    for each of ``groups`` parts of the batch, and leaves it random where none pay; ``"block"``
     gives blocks to every dropout that can have them, whatever the price; ``"grouped"`` does so with
     blocks of its own for each of ``groups`` parts of the batch, where that can be done, and with
     one set for all where not; ``"window"`` gives one window of neighbouring features, that wraps
@@ -36,8 +37,11 @@ class Options:
     """Neighbouring features that are kept or dropped together, or the side of a weight's tile;
     ``"auto"`` picks by price."""
     groups: Literal["auto"] | int = "auto"
-    """Parts of the batch that ``"grouped"`` gives kept blocks of their own; fewer where so many do
-    not divide it. ``"auto"`` stands for 4."""
+    """Parts of the batch that have kept blocks of their own; fewer where so many do not divide it.
+
+    For the pattern ``"grouped"``, and at rates above 0.5 for ``"auto"``. ``"auto"`` stands for 4
+    with the former and for 2 with the latter.
+    """
     rate_tolerance: float = 0.02
     """How far the rate used may be from the rate asked for, as an absolute difference.
 

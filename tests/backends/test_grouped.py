@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import ardd
+from ardd.passes import structure_dropout
 from ardd.passes.structure_dropout import StructureDropout, StructureResult
 
 aten = torch.ops.aten
@@ -465,3 +466,66 @@ def test_masks_repeat_with_the_seed_and_differ_between_calls() -> None:
     torch.manual_seed(3)
     assert torch.equal(first, compiled(x))
     assert not torch.allclose(first, second)
+
+
+# ---- the pattern "auto" ------------------------------------------------------------------
+
+
+class Flops:
+    """Prices products alone, those of groups times a factor."""
+
+    name, version = "grouped-flops", "1"
+
+    def __init__(self, batched: float) -> None:
+        self.batched = batched
+
+    def seconds(self, op: ardd.OpCost, device: torch.device) -> float:
+        factor = self.batched if op.name == "aten.bmm.default" else 1.0
+        return op.hint(op.flops) * factor if op.kind == "product" else 0.0
+
+
+ardd.register_cost_model("grouped-flops", lambda: Flops(1.0))
+ardd.register_cost_model("grouped-never", lambda: Flops(1e6))
+
+
+def automatic(module: nn.Module, inputs: list[Any], **options: Any) -> list[ardd.Decision]:
+    options = {"pattern": "auto", "cost_model": "grouped-flops", **options}
+    return list(check_exact(module.double(), inputs, options=options))
+
+
+def shown(decisions: list[ardd.Decision]) -> list[tuple[str, str]]:
+    return [(d.pattern, d.detail.rpartition("; ")[2]) for d in decisions]
+
+
+def test_auto_has_groups_above_a_rate_of_a_half() -> None:
+    """Up to it one kept set is enough, for a dropout beside one with groups too."""
+    found = automatic(layers(0.5, 0.75, 0.625), [f(8, 12).requires_grad_()])
+    assert [d.pattern for d in found] == ["block", "grouped", "grouped"]
+    assert [d.detail.endswith("; 2 groups of rows") for d in found] == [False, True, True]
+
+
+@pytest.mark.parametrize(("groups", "pattern"), [(1, "block"), (4, "grouped")])
+def test_auto_takes_the_groups_asked_for(groups: int, pattern: str) -> None:
+    with ardd.record_masks() as draws:
+        (decision,) = automatic(layers(0.75), [f(8, 12)], groups=groups)
+    assert decision.pattern == pattern
+    assert draws[0].kept.shape == ((4, 8) if groups == 4 else (8,))
+
+
+def test_auto_without_rows_to_split() -> None:
+    assert shown(automatic(layers(0.75), [f(7, 12)])) == [
+        ("block", "one group: 2 groups do not divide its rows")
+    ]
+
+
+def test_auto_without_groups_where_they_do_not_pay() -> None:
+    """One kept set for all still does."""
+    found = automatic(layers(0.75, 0.25), [f(8, 12)], cost_model="grouped-never")
+    assert [d.pattern for d in found] == ["block", "block"]
+    assert not any("group" in d.detail for d in found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_auto_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure_dropout, "HIGH_RATE", 0.0)
+    assert {decision.pattern for decision in automatic(*CASES[name]())} == {"grouped"}
