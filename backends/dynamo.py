@@ -139,7 +139,7 @@ def compile_marked(
     """
     original = copy_graph_module(gm)
     try:
-        SplitRnns().apply(original)
+        SplitRnns(project=compilation.options.pattern == "grouped").apply(original)
     except Exception as cause:
         original, failure = copy_graph_module(gm), PassError(SplitRnns.name, cause)
         if loses_dropout(original):  # torch's own decomposition would drop nothing

@@ -48,10 +48,15 @@ class SplitRnns:
     2. Else, and under autocast, it becomes a call of the RNN for that layer alone, which is left
        to torch. Where there is no dropout in between, it is not touched at all.
     3. Without a dropout in between, as in eval mode, layers are split all the same.
+    4. With ``project``, on a CPU, the product with the input is a ``linear`` before the op, in
+       which groups of time steps can have kept sets of their own.
     """
 
     name: ClassVar[str] = "split-rnns"
     exact: ClassVar[bool] = True
+
+    project: bool = False
+    """Whether the products with the input stand beside the ops."""
 
     def apply(self, gm: fx.GraphModule) -> PassResult:
         """Rewrites ``gm``, and the graphs inside it, in place.
@@ -64,7 +69,7 @@ class SplitRnns:
             if not isinstance(module, fx.GraphModule):
                 continue
             calls = list(_calls_in(module))
-            changed = [_split(call) for call in calls]
+            changed = [_split(call, self.project) for call in calls]
             if any(changed):
                 module.graph.lint()
                 module.recompile()
@@ -144,14 +149,14 @@ def _calls_in(gm: fx.GraphModule) -> Iterator[_Call]:
             yield _Call(node, kind, packed, args)
 
 
-def _split(call: _Call) -> bool:
+def _split(call: _Call, project: bool) -> bool:
     """Replaces a call, and returns whether it did."""
     as_ops = _fits_op(call)
     # Torch 2.11 gives the last states of a layer with projections a dimension too many.
     if not as_ops and not call.drops and not call.projects:
         return False
     build = _Builder(call)
-    results = build.ops() if as_ops else build.calls()
+    results = build.ops(project) if as_ops else build.calls()
     node = call.node
     for user in list(node.users):
         if user.target is operator.getitem:
@@ -218,10 +223,11 @@ class _Builder:
         node.meta[WRITTEN_AS] = self.call.kind
         return node
 
-    def ops(self) -> list[fx.Node]:
+    def ops(self, project: bool) -> list[fx.Node]:
         """Adds one op for every layer and direction."""
         call, has_biases = self.call, self.call.args["has_biases"]
-        x = self.add("transpose", call.x, 0, 1) if call.args["batch_first"] else call.x
+        batch_first = call.args["batch_first"]
+        x = self.add("transpose", call.x, 0, 1) if batch_first else call.x
         last: list[list[fx.Node]] = [[] for _ in call.states]
         for layer in range(call.layers):
             results = []
@@ -233,10 +239,19 @@ class _Builder:
                 hidden = tensor_of(first[0])
                 assert value is not None
                 assert hidden is not None
-                kernel = choose_kernel(call.kind, value, hidden.shape[-1])
+                projected = project and value.device.type == "cpu"
+                kernel = choose_kernel(call.kind, value, hidden.shape[-1], projected=projected)
+                gets = x
+                if projected:
+                    w_ih, w_hh, b_ih, b_hh = given
+                    given = [None, w_hh, None, b_hh]
+                    # Its rows come in the order of those of the dropout before it.
+                    gets = self.add(F.linear, x if layer else call.x, w_ih, b_ih)
+                    if batch_first and not layer:
+                        gets = self.add("transpose", gets, 0, 1)
                 op = self.add(
                     rnn_layer,
-                    *(x, first[0], first[1] if len(first) > 1 else None, *given),
+                    *(gets, first[0], first[1] if len(first) > 1 else None, *given),
                     *(call.kind, direction == 1, kernel, False),
                 )
                 results.append(self.add(operator.getitem, op, 0))
@@ -245,7 +260,7 @@ class _Builder:
             x = results[0] if len(results) == 1 else self.add(torch.cat, results, -1)
             if call.drops and layer < call.layers - 1:
                 x = self.dropout(x)
-        if call.args["batch_first"]:
+        if batch_first:
             x = self.add("transpose", x, 0, 1)
         return [x, *(self.add(torch.stack, states) for states in last)]
 

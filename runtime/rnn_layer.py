@@ -14,18 +14,22 @@ from ..core.errors import DerivativeError
 from . import rnn_cudnn, rnn_loop, rnn_onednn, rnn_packed
 
 # The schemas name what the rules of the support analysis look up.
-_WEIGHTS = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
+_WEIGHTS = "Tensor x, Tensor h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 _RESULTS = "Tensor y, Tensor h, Tensor c, Tensor reserve, Tensor extra, Tensor width"
 
 
-def choose_kernel(kind: str, x: Tensor, hidden: int) -> str:
+def choose_kernel(kind: str, x: Tensor, hidden: int, *, projected: bool = False) -> str:
     """Returns what runs a layer best: ``packed``, ``onednn``, ``cudnn`` or ``loop``.
 
     Args:
         kind: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
         x: ``[T, N, I]``, as the layer will get it; may be fake, with symbolic sizes.
         hidden: H.
+        projected: whether it will get the product of x with the weight in place of x: ``packed``
+            and ``loop`` alone can take that.
     """
+    if projected:
+        return "packed" if rnn_packed.supports(kind, x, hidden) else "loop"
     if rnn_packed.pays(x.shape[1], hidden) and rnn_packed.supports(kind, x, hidden):
         return "packed"
     if rnn_onednn.supports(kind, x, hidden):
@@ -37,7 +41,7 @@ def run_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -52,7 +56,8 @@ def run_layer(
         x: ``[T, N, I]``, T steps of N samples with I features, any floating dtype.
         h0: ``[N, H]``, the first state.
         c0: ``[N, H]``, the first cell state of an LSTM.
-        w_ih: ``[G, I]``, where G is 4H for an LSTM, 3H for a GRU, and else H.
+        w_ih: ``[G, I]``, where G is 4H for an LSTM, 3H for a GRU, and else H. None where x is
+            ``[T, N, G]``, the product with it already: for ``packed`` and ``loop``.
         w_hh: ``[G, H]``.
         b_ih: ``[G]``, or None as the next.
         b_hh: ``[G]``.
@@ -84,8 +89,10 @@ def run_layer(
         y, h, c, reserve, extra = rnn_packed.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
     elif kernel == "onednn":
         assert c0 is not None
+        assert w_ih is not None
         y, h, c, reserve = rnn_onednn.forward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, save)
     elif kernel == "cudnn":
+        assert w_ih is not None
         y, h, c, reserve, extra = rnn_cudnn.forward(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, reverse, save
         )
@@ -109,7 +116,7 @@ def run_layer_backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -158,6 +165,7 @@ def run_layer_backward(
         given = (dy, dh, dc, x, h0, c0, w_ih, w_hh, y, reserve, extra, reverse, wanted)
         grads = rnn_packed.backward(*given)
     else:
+        assert w_ih is not None
         if _is_lost(reserve, extra, kernel) or len(width) < x.shape[2]:
             # A copy of a view has not what lies behind it. And of an input whose zeros the forward
             # left out, the kernel kept the rest alone. It is rare: run the forward again.
@@ -218,7 +226,7 @@ def _fake_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,

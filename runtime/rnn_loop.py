@@ -27,7 +27,7 @@ def forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -40,7 +40,7 @@ def forward(
         x: ``[T, N, I]``.
         h0: ``[N, H]``, the first state.
         c0: ``[N, H]``, the first cell state of an LSTM.
-        w_ih: ``[G, I]``.
+        w_ih: ``[G, I]``; None where x ``[T, N, G]`` is the product with it already.
         w_hh: ``[G, H]``.
         b_ih: ``[G]``, or None.
         b_hh: ``[G]``, or None.
@@ -74,7 +74,7 @@ def backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     y: Tensor,
     reserve: Tensor,
@@ -119,8 +119,9 @@ def backward(
     else:
         dh = _rnn_backward(dy, dh, w_hh, y, d_in, order, kind)
     in_2d, hid_2d = d_in.flatten(0, 1), d_hid.flatten(0, 1)
+    dx = d_in if w_ih is None or not wanted[0] else (in_2d @ w_ih).view(x.shape)
     return [
-        (in_2d @ w_ih).view(x.shape) if wanted[0] else None,
+        dx if wanted[0] else None,
         dh if wanted[1] else None,
         d_c if wanted[2] else None,
         in_2d.t() @ x.reshape(-1, x.shape[2]) if wanted[3] else None,
@@ -130,11 +131,20 @@ def backward(
     ]
 
 
-def _project(x: Tensor, w_ih: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def sum_of(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
+    """Returns the sum of the biases that there are."""
+    if b_ih is None or b_hh is None:
+        return b_hh if b_ih is None else b_ih
+    return b_ih + b_hh
+
+
+def _project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
     """Writes the products of all steps with the input into the first columns of ``out``."""
-    rows = out.view(-1, out.shape[2])[:, : len(w_ih)]
+    rows = out.view(-1, out.shape[2])[:, : x.shape[2] if w_ih is None else len(w_ih)]
     x = x.reshape(-1, x.shape[2])
-    if bias is None:
+    if w_ih is None:
+        torch.add(x, 0 if bias is None else bias, out=rows)
+    elif bias is None:
         torch.mm(x, w_ih.t(), out=rows)
     else:
         torch.addmm(bias, x, w_ih.t(), out=rows)
@@ -144,7 +154,7 @@ def _lstm(
     x: Tensor,
     h: Tensor,
     c: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -153,7 +163,7 @@ def _lstm(
     order: Iterable[int],
 ) -> Tensor:
     hidden = h.shape[1]
-    bias = b_ih if b_ih is None or b_hh is None else b_ih + b_hh
+    bias = sum_of(b_ih, b_hh)
     _project(x, w_ih, bias, reserve)
     for t in order:
         gates = reserve[t]
@@ -199,7 +209,7 @@ def _lstm_backward(
 def _gru(
     x: Tensor,
     h: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -248,7 +258,7 @@ def _gru_backward(
 def _rnn(
     x: Tensor,
     h: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -256,7 +266,7 @@ def _rnn(
     order: Iterable[int],
     kind: str,
 ) -> None:
-    bias = b_ih if b_ih is None or b_hh is None else b_ih + b_hh
+    bias = sum_of(b_ih, b_hh)
     _project(x, w_ih, bias, y)
     for t in order:
         h = y[t].addmm_(h, w_hh.t())

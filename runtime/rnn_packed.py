@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rnn_loop import sum_of
+
 _FLAGS = ("-ffp-contract=fast",)
 _POINTERS = {"lstm_forward": 6, "lstm_backward": 8}
 """Function of the C++ to the number of its arguments that are addresses."""
@@ -53,7 +55,7 @@ def forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
@@ -65,7 +67,7 @@ def forward(
         x: ``[T, N, I]``, float32, as all tensors.
         h0: ``[N, H]``.
         c0: ``[N, H]``.
-        w_ih: ``[4H, I]``.
+        w_ih: ``[4H, I]``; None where x ``[T, N, 4H]`` is the product with it already.
         w_hh: ``[4H, H]``.
         b_ih: ``[4H]``, or None.
         b_hh: ``[4H]``, or None.
@@ -79,7 +81,12 @@ def forward(
         MemoryError: there is none for a packed copy of ``w_hh``.
     """
     (steps, samples, _), hidden = x.shape, h0.shape[1]
-    gates = _product(x, w_ih, b_ih if b_ih is None or b_hh is None else b_ih + b_hh)
+    bias = sum_of(b_ih, b_hh)
+    if w_ih is None:
+        gates = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.add(x, 0 if bias is None else bias, out=gates)
+    else:
+        gates = _product(x, w_ih, bias)
     y, cells = x.new_empty(steps, samples, hidden), x.new_empty(steps, samples, hidden)
     _call("lstm_forward", *(w_hh, h0, c0, gates, cells, y), sizes=y.shape, reverse=reverse)
     last = 0 if reverse else -1
@@ -93,7 +100,7 @@ def backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     y: Tensor,
     gates: Tensor,
@@ -140,8 +147,9 @@ def backward(
     before = torch.cat([y[1:], h0[None]] if reverse else [h0[None], y[:-1]])
     d_bias = d_gates.sum((0, 1)) if wanted[5] or wanted[6] else None
     second = d_bias.clone() if d_bias is not None and wanted[5] and wanted[6] else d_bias
+    dx = d_gates if w_ih is None or not wanted[0] else _product(d_gates, w_ih.t())
     return [
-        _product(d_gates, w_ih.t()) if wanted[0] else None,
+        dx if wanted[0] else None,
         d_h if wanted[1] else None,
         d_c if wanted[2] else None,
         _product(by_gate, x.flatten(0, 1).t()) if wanted[3] else None,

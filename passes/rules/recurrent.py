@@ -16,13 +16,17 @@ FEATURES = 0
 
 
 def rnn_layer(node: fx.Node) -> Relation:
-    """``x [t, n, i]`` and ``w_ih [g, i]`` -> y, h and c, and what backward alone reads back."""
+    """``x [t, n, i]`` and ``w_ih [g, i]`` -> y, h and c, and what backward alone reads back.
+
+    Without ``w_ih`` the product is not in the op, and nothing can be cut.
+    """
     operands, places = _operands(node)
-    contracted = (places["x"], places["w_ih"])
+    contracted = (places["x"], places["w_ih"]) if "w_ih" in places else ()
     values = node.meta["val"]
     results = tuple(Output(((),) * len(v.shape), never, contracted) for v in values[:3])
     per_feature, recurrent = _flops(node)
-    return Relation(operands, (*results, None, None, None), None, per_feature, recurrent)
+    flops = (per_feature, recurrent) if contracted else (recurrent, 0)
+    return Relation(operands, (*results, None, None, None), None, *flops)
 
 
 def rnn_layer_backward(node: fx.Node) -> Relation | None:
@@ -32,12 +36,17 @@ def rnn_layer_backward(node: fx.Node) -> Relation | None:
     in its zeros: so nothing that is computed depends on the input, and yet claims to contract it.
     """
     operands, places = _operands(node)
-    x, w_ih = places["x"], places["w_ih"]
     wanted = cast("Sequence[bool]", node.args[-1])
+    none: Dims = ((),)
+    per_feature, recurrent = _flops(node)
+    if "w_ih" not in places:
+        dense = (Output(none * len(v.shape), never) for v in node.meta["val"])
+        given = tuple(output if want else None for output, want in zip(dense, wanted, strict=True))
+        return Relation(operands, given, None, recurrent * (1 + wanted[_W_HH]))
+    x, w_ih = places["x"], places["w_ih"]
     claims = any(i not in (0, _W_IH) and wanted[i] for i in _read(node))
     if not claims and wanted[0]:
         return None
-    none: Dims = ((),)
 
     def zero_of_w(facts: Sequence[Facts]) -> Facts:
         return facts[w_ih]
@@ -48,7 +57,6 @@ def rnn_layer_backward(node: fx.Node) -> Relation | None:
     outputs = [Output(none * len(value.shape), never, (x, w_ih)) for value in node.meta["val"]]
     outputs[0] = Output(dims(None, None, FEATURES), zero_of_w)
     outputs[_W_IH] = Output(dims(None, FEATURES), zero_of_x)
-    per_feature, recurrent = _flops(node)
     return Relation(
         operands,
         tuple(output if want else None for output, want in zip(outputs, wanted, strict=True)),
@@ -65,6 +73,8 @@ def _operands(node: fx.Node) -> tuple[tuple[Dims, ...], dict[str, int]]:
     """Returns the labels of the tensor operands, and where each stands among them by its name."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
+    names = [argument.name for argument in target._schema.arguments]
+    projects = node.args[names.index("w_ih")] is not None
     operands: list[Dims] = []
     places: dict[str, int] = {}
     for argument, given in zip(target._schema.arguments, node.args, strict=True):
@@ -72,7 +82,7 @@ def _operands(node: fx.Node) -> tuple[tuple[Dims, ...], dict[str, int]]:
             continue
         places[argument.name] = len(operands)
         rank = len(shape_of(given))
-        has_features = argument.name in ("x", "w_ih")
+        has_features = argument.name in ("x", "w_ih") and projects
         operands.append(((),) * (rank - 1) + dims(FEATURES) if has_features else ((),) * rank)
     return tuple(operands), places
 

@@ -112,6 +112,33 @@ def test_exact(kind: str, name: str, state: bool) -> None:
     assert all(d.taken for d in decisions)
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_time_steps(kind: str, name: str) -> None:
+    """Every group has a kept set of its own, of samples where they come first."""
+    given = {"num_layers": 2, "dropout": 0.5, **CONFIGURATIONS[name]}
+    module = Tagger(KINDS[kind](16, 32, **given)).double()
+    inputs = [f(6, 4, 16).requires_grad_()]
+    decisions = check(module, *inputs, options={"pattern": "grouped", "groups": 2})
+    assert {d.pattern for d in decisions} == {"grouped"}
+    assert {d.detail.rpartition("; ")[2] for d in decisions} == {"2 groups of rows"}
+
+
+def test_groups_of_time_steps_that_do_not_divide_them() -> None:
+    module = Tagger(nn.LSTM(16, 32, 2, dropout=0.5)).double()
+    decisions = check(module, f(5, 3, 16), options={"pattern": "grouped", "groups": 2})
+    assert [d.pattern for d in decisions] == ["block"] * 3
+
+
+def test_groups_of_time_steps_through_inductor() -> None:
+    """In single precision, on the recurrence in C++."""
+    module = Tagger(nn.LSTM(16, 32, 2, dropout=0.5))
+    options = {"pattern": "grouped", "groups": 3, "target": "inductor"}
+    with torch._inductor.config.patch(fallback_random=True):
+        decisions = check(module, torch.randn(6, 3, 16).requires_grad_(), options=options)
+    assert [d.pattern for d in decisions] == ["grouped"] * 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_sequence_without_a_batch(kind: str) -> None:
     assert all(

@@ -261,10 +261,46 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernel("lstm", x.expand(5, 3, 6).repeat(1, 11, 1), 1024) == onednn
     assert choose_kernel("lstm", x.double(), 1024) == "loop"
     assert choose_kernel("gru", x, 1024) == "loop"
+    assert choose_kernel("lstm", x, 4, projected=True) == (
+        "packed" if onednn == "onednn" else "loop"
+    )
+    assert choose_kernel("gru", x, 4, projected=True) == "loop"
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
     assert choose_kernel("lstm", x, 4) == "loop"
     monkeypatch.setattr(rnn_cudnn, "supports", lambda x: True)
     assert choose_kernel("gru", x, 4) == "cudnn"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("kind", "kernel"), [(k, "loop") for k in KINDS] + [("lstm", "packed")])
+def test_an_input_that_is_projected_already(kind: str, kernel: str, bias: bool) -> None:
+    """As with the weight, and x takes the gradient of the product."""
+    dtype = torch.float64 if kernel == "loop" else torch.float32
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = operands(kind, dtype)
+    b_hh = b_hh if bias else None
+    whole = run_both(x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, kernel)
+    projected = torch.nn.functional.linear(x, w_ih, b_ih)
+    before = projected.detach().clone()
+    apart = run_both(projected, h0, c0, None, w_hh, None, b_hh, kind, kernel)
+    assert torch.equal(projected, before)
+    for a, b in zip(apart, whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def run_both(x: Tensor, h0: Tensor, c0: Any, *args: Any) -> list[Tensor]:
+    """Returns the results, and the gradients of x's leaf and all other leaves."""
+    *weights, kind, kernel = args
+    y, h, c, *_ = torch.ops.ardd.rnn_layer(x, h0, c0, *weights, kind, True, kernel, False)
+    results = [y, h, *([c] if kind == "lstm" else [])]
+    loss = sum((r * torch.linspace(-1, 1, r.numel()).view(r.shape)).sum() for r in results)
+    assert isinstance(loss, Tensor)
+    leaves = leaves_of(x, h0, c0, *weights)
+    return [*results, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+
+
+def leaves_of(x: Tensor, h0: Tensor, c0: Any, *weights: Any) -> list[Tensor]:
+    states = [state for state in (h0, c0) if state is not None]
+    return [*states, weights[1], *([weights[3]] if weights[3] is not None else [])]
 
 
 # ---- the recurrence in C++ ---------------------------------------------------------------
