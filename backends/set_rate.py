@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import RateError
+from ..passes.plan_groups import HIGH_RATE
 
 GRAPHS_A_LEVEL: Final = 2
 """One for training and one for evaluation, which is compiled for a rate although it drops nothing:
@@ -79,9 +80,11 @@ def _levels(given: int | Sequence[float], limit: int) -> list[float]:
         levels = sorted({float(level) for level in given})
     else:
         raise RateError.bad_levels(given)
-    needed = GRAPHS_A_LEVEL * len(levels) + SPARE_GRAPHS
+    # Above that rate the batches that groups divide have a graph of their own.
+    high = sum(level > HIGH_RATE for level in levels)
+    needed = GRAPHS_A_LEVEL * len(levels) + high + SPARE_GRAPHS
     if needed > limit:
-        most = (limit - SPARE_GRAPHS) // GRAPHS_A_LEVEL
+        most = (limit - SPARE_GRAPHS) // (GRAPHS_A_LEVEL + bool(high))
         raise RateError.too_many_levels(len(levels), needed, limit, most)
     return levels
 
@@ -100,8 +103,9 @@ def _limit(model: nn.Module) -> int:
 def _compiled_by(module: nn.Module) -> Iterator[Any]:
     """Yields what compiles the module: of ``torch.compile(module)``, and ``module.compile()``."""
     context: Any = getattr(module, "dynamo_ctx", None)
-    if context is not None:
-        yield context.callback
+    callback = getattr(context, "callback", None)  # ardd.compile has a context of its own
+    if callback is not None:
+        yield callback
     cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
     contents = [cell.cell_contents for cell in cells]
     yield from (x for x in contents if hasattr(x, "_torchdynamo_orig_backend"))

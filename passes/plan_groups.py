@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
+from ..core.decisions import Reason
 from .facts import KeptAxis
 from .feature_dims import feature_axes
 from .group_support import GroupSupport
@@ -42,7 +44,7 @@ class GroupPlan:
     def holds(self, verdicts: Mapping[fx.Node, Verdict]) -> bool:
         """Returns whether all dropouts that can have groups are structured with them."""
         return all(
-            verdict.choice is not None
+            verdict.choice is not None or verdict.reason is Reason.OUT_OF_FUEL
             for mask, verdict in verdicts.items()
             if any(axis.groups > 1 for axis in self.support.masks[mask].values())
         )
@@ -119,10 +121,27 @@ def _divides(groups: int, mask: fx.Node) -> bool:
     """Returns whether so many groups divide the rows of every batch that the graph will run.
 
     Where the batch is dynamic and the groups divide the example, the graph is guarded to be run
-    with such batches only; others compile a graph of their own.
+    with such batches only; others compile a graph of their own. Not where the user has promised a
+    range of batches to one graph.
     """
     rows = shape_of(mask)[0]
-    return _may_divide(groups, mask) and bool(rows % groups == 0)
+    if not _may_divide(groups, mask):
+        return False
+    if isinstance(rows, torch.SymInt) and not statically_known_true(rows % groups == 0):
+        return not _is_promised(rows) and bool(rows % groups == 0)
+    return True
+
+
+def _is_promised(rows: torch.SymInt) -> bool:
+    """Returns whether ``mark_dynamic(min=, max=)`` says what one graph has to run."""
+    symbols = rows.node.expr.free_symbols
+    for tracked in rows.node.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for size, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            strict = isinstance(constraint, StrictMinMaxConstraint)
+            if strict and isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
+                return True
+    return False
 
 
 def _axes(mask: fx.Node, support: Support, groups: int) -> dict[int, KeptAxis]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from ..core.decisions import Decision, PassResult, Reason
+from ..core.errors import BudgetError
 from ..core.options import Options
 from .compact import compact
 from .cost_model import find_cost_model
@@ -41,6 +43,15 @@ class StructureResult(PassResult):
     """FLOPs that the options allow, None where they set no budget."""
     same_plans: Sequence[int] = (0,)
     """For each plan of a row pattern, the first one that is the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """What was decided for the masks, with groups of rows or without."""
+
+    grouped: GroupPlan
+    pricer: PlanPricer
+    verdicts: dict[fx.Node, Verdict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +102,28 @@ class StructureDropout:
         masks = masks_in(graph)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         ungrouped = GroupPlan(Support(graph, candidates), None, {})
-        for grouped in (self._groups(graph, masks, ungrouped), ungrouped):
-            support = grouped.support
-            pricer = PlanPricer(support, model, device)
+
+        def planned(grouped: GroupPlan) -> _Planned:
+            pricer = PlanPricer(grouped.support, model, device)
             if grouped.rows is not None:
-                pricer = GroupPricer(support, model, device, grouped.rows)
-            verdicts = grouped.explained(self._verdicts(graph, masks, support, pricer, len(tiled)))
-            if self.options.pattern != "auto" or grouped.holds(verdicts):
-                break
+                pricer = GroupPricer(grouped.support, model, device, grouped.rows)
+            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled))
+            return _Planned(grouped, pricer, grouped.explained(found))
+
+        if self.options.pattern == "grouped":
+            taken = planned(self._groups(graph, masks, ungrouped.support))
+        else:
+            taken = planned(ungrouped)
+            if self.options.pattern == "auto" and any(
+                _float(mask.args[2]) > HIGH_RATE and verdict.choice
+                for mask, verdict in taken.verdicts.items()
+            ):
+                # Only now: groups guard a dynamic batch, for nothing where none pays.
+                with contextlib.suppress(BudgetError):
+                    tried = planned(self._groups(graph, masks, ungrouped.support))
+                    taken = tried if tried.grouped.holds(tried.verdicts) else taken
+        grouped, support = taken.grouped, taken.grouped.support
+        pricer, verdicts = taken.pricer, taken.verdicts
         plans = [
             {v.choice.axis: v.choice.in_plan(plan) for v in verdicts.values() if v.choice}
             for plan in range(self.options.plans if self.options.pattern == "row" else 1)
@@ -159,14 +184,12 @@ class StructureDropout:
         graph.lint()
         return StructureResult(modified=True, decisions=tuple(decisions))
 
-    def _groups(self, graph: fx.Graph, masks: list[fx.Node], ungrouped: GroupPlan) -> GroupPlan:
-        lowest = {"grouped": 0.0, "auto": HIGH_RATE}.get(self.options.pattern)
-        if lowest is None:
-            return ungrouped
-        support, wanted = ungrouped.support, self.options.groups
+    def _groups(self, graph: fx.Graph, masks: list[fx.Node], support: Support) -> GroupPlan:
+        lowest = HIGH_RATE if self.options.pattern == "auto" else 0.0
         able = [
             m for m in masks if self._refused(m, support) is None and _float(m.args[2]) > lowest
         ]
+        wanted = self.options.groups
         if wanted == "auto":
             wanted = GROUPS[self.options.pattern]
         parameters = inputs_in(graph, self.parameters)

@@ -79,8 +79,13 @@ def forward(
 
     Raises:
         MemoryError: there is none for a packed copy of ``w_hh``.
+        ValueError: a state or ``w_hh`` has another shape.
     """
     (steps, samples, _), hidden = x.shape, h0.shape[1]
+    expected = {"h0": (samples, hidden), "c0": (samples, hidden), "w_hh": (4 * hidden, hidden)}
+    for (name, shape), tensor in zip(expected.items(), (h0, c0, w_hh), strict=True):
+        if tensor.shape != shape:  # the C++ takes addresses alone
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}. Expected {shape}.")
     bias = sum_of(b_ih, b_hh)
     if w_ih is None:
         gates = torch.empty_like(x, memory_format=torch.contiguous_format)

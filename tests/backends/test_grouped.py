@@ -525,6 +525,45 @@ def test_auto_without_groups_where_they_do_not_pay() -> None:
     assert not any("group" in d.detail for d in found)
 
 
+def test_auto_in_a_budget_that_groups_do_not_meet() -> None:
+    """The gathers of groups cost too much for one of the dropouts, and it would have to help."""
+    wide = nn.Sequential(layers(0.75, 0.75)[:5], nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.75))
+    whole = automatic(wide, [f(8, 12)], cost_model="grouped-never", flops_budget=0.5)
+    assert {d.pattern for d in whole} == {"block"}
+
+
+@pytest.mark.parametrize("fuel", [0, 1, 2])
+def test_auto_with_little_fuel(fuel: int) -> None:
+    """What is rewritten is rewritten as with all fuel: a wrong result can be bisected."""
+    found = automatic(layers(0.75, 0.75), [f(8, 12)], max_rewrites=fuel)
+    assert sorted(d.pattern for d in found) == ["grouped"] * fuel + ["random"] * (2 - fuel)
+
+
+def graphs_of(module: nn.Module, batches: tuple[int, ...], **marks: int) -> list[tuple[str, int]]:
+    """Returns the first pattern and the graphs there are, after each batch."""
+    options: dict[str, Any] = {"target": "eager", "strict": True, "cost_model": "grouped-flops"}
+    compiled = torch.compile(module, backend="ardd", options=options)
+    found = []
+    for batch in batches:
+        x = torch.randn(batch, 12)
+        torch._dynamo.mark_dynamic(x, 0, **marks)
+        compiled(x)
+        report = ardd.report()
+        found.append((report.decisions[-1].pattern, len(report.graphs)))
+    return found
+
+
+def test_auto_guards_the_batch_where_it_has_groups_alone() -> None:
+    assert graphs_of(layers(0.75), (8, 6, 7, 9)) == [("grouped", 1)] * 2 + [("block", 2)] * 2
+    torch.compiler.reset()
+    assert graphs_of(layers(0.5), (8, 6, 7, 9)) == [("block", 1)] * 4
+
+
+def test_a_range_of_batches_that_one_graph_is_promised_to_run() -> None:
+    """A guard on what divides it would break the promise."""
+    assert graphs_of(layers(0.75), (8, 7), min=2, max=64) == [("block", 1)] * 2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_auto_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structure_dropout, "HIGH_RATE", 0.0)

@@ -19,7 +19,7 @@ import ardd
 from .yardstick import EAGER, Net
 
 LIMIT = 8  # torch's, by default
-NEEDED = 34  # by the default levels
+NEEDED = 41  # by the default levels
 has_limit = pytest.mark.skipif(
     "recompile_limit" not in inspect.signature(torch.compile).parameters,
     reason="torch.compile has no recompile_limit before 2.13",
@@ -85,7 +85,7 @@ def test_the_room_is_enough_for_evaluation_and_another_batch_size() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ardd: the function", RuntimeWarning)  # none is left
         for number, p in enumerate([0.0, 0.3, 0.6, 0.3, 0.0, 0.6]):
-            rate = ardd.set_rate(model, p, levels=3)
+            rate = ardd.set_rate(model, p, levels=(0.0, 0.25, 0.5))
             for batch in (x, rest) if number == 0 else (rest, x):
                 model.train()
                 assert draws(fn, batch) == (2 if rate else 0)
@@ -101,10 +101,10 @@ def test_evaluation_at_one_rate_is_one_graph() -> None:
     fn = compiled(model)
     x = torch.randn(4, 16)
     for p in (0.3, 0.6, 0.3):
-        ardd.set_rate(model, p, levels=3)
+        ardd.set_rate(model, p, levels=(0.0, 0.25, 0.5))
         model.train()
         assert draws(fn, x) == 2
-        ardd.set_rate(model, 0, levels=3)
+        ardd.set_rate(model, 0, levels=(0.0, 0.25, 0.5))
         model.eval()
         with torch.no_grad():
             fn(x)
@@ -203,23 +203,23 @@ def test_other_dropouts_are_no_other_rates() -> None:
 def test_a_limit_of_the_model_counts() -> None:
     """Both for the levels that there is room for, and for the warning."""
     model = Net()
-    fn = compiled(model, recompile_limit=10)
+    fn = compiled(model, recompile_limit=11)
     assert isinstance(fn, nn.Module)
     for step in range(4):
         ardd.set_rate(fn, step / 4, levels=4)
         draws(fn, torch.randn(4, 16))
     assert rates(model) == {0.75}
-    with pytest.raises(ardd.RateError, match="5 rates may need 12 graphs"):
+    with pytest.raises(ardd.RateError, match="5 rates may need 14 graphs"):
         ardd.set_rate(fn, 0.5, levels=5)
-    with pytest.raises(ardd.RateError, match="4 rates may need 10 graphs"):
+    with pytest.raises(ardd.RateError, match="4 rates may need 11 graphs"):
         ardd.set_rate(model, 0.5, levels=4)  # by which nothing can be known of it
-    for number in range(5, 11):
+    for number in range(5, 12):
         model.drop.p = number / 20
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert draws(fn, torch.randn(4, 16)) == 2
-        assert len(caught) == (number == 10)
-    assert "recompile_limit is 10" in str(caught[0].message)
+        assert len(caught) == (number == 11)
+    assert "recompile_limit is 11" in str(caught[0].message)
 
 
 @has_limit
@@ -370,6 +370,7 @@ def test_a_shared_module_has_both_names() -> None:
         (0.45, [0, 0.2, 0.2, 0.4], 0.4),
     ],
 )
+@pytest.mark.usefixtures("limit")
 def test_the_nearest_level_is_set(p: float, levels: Any, rate: float) -> None:
     """The lower of two that are as near."""
     model = nn.Dropout(0.9)
@@ -381,7 +382,7 @@ def test_the_nearest_level_is_set(p: float, levels: Any, rate: float) -> None:
 def test_the_limit_of_all_graphs_counts_too() -> None:
     with torch._dynamo.config.patch(recompile_limit=300, accumulated_recompile_limit=NEEDED):
         ardd.set_rate(nn.Dropout(), 0.5)
-        with pytest.raises(ardd.RateError, match="compiles one function 34 times"):
+        with pytest.raises(ardd.RateError, match="compiles one function 41 times"):
             ardd.set_rate(nn.Dropout(), 0.5, levels=17)
 
 
@@ -400,10 +401,14 @@ def test_the_limit_of_all_graphs_counts_too() -> None:
         ({"levels": [0.5, 1.0]}, r"levels is \[0.5, 1.0\]."),
         ({"levels": "0.5"}, "levels is '0.5'."),
         ({"levels": None}, "levels is None."),
-        ({"levels": 4}, "4 rates may need 10 graphs: one each for training and for evaluation"),
-        ({"levels": 4}, "Torch compiles one function 8 times, .* Or give at most 3 levels."),
-        ({"levels": 16}, r"torch.compile\(model, ..., recompile_limit=34\)"),
-        ({"levels": [step / 9 for step in range(9)]}, "9 rates may need 20 graphs"),
+        ({"levels": 4}, "4 rates may need 11 graphs: one each for training and for evaluation"),
+        ({"levels": 4}, "Torch compiles one function 8 times, .* Or give at most 2 levels."),
+        (
+            {"levels": (0.1, 0.2, 0.3, 0.4)},
+            "4 rates may need 10 graphs.* Or give at most 3 levels.",
+        ),
+        ({"levels": 16}, r"torch.compile\(model, ..., recompile_limit=41\)"),
+        ({"levels": [step / 9 for step in range(9)]}, "9 rates may need 24 graphs"),
         ({"modules": "frist"}, "no module 'frist'. .* Did you mean 'first'?"),
         ({"modules": ["drop", "zzz"]}, "no module 'zzz'. .* gives them.$"),
         ({"modules": "first"}, "No dropout was found in modules='first'. Expected a module"),
@@ -431,6 +436,7 @@ def test_a_limit_without_room_is_refused() -> None:
     assert "give at most" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("limit")
 def test_transformers() -> None:
     """Every rate of a model of Hugging Face, those of its attention functions included."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -451,3 +457,38 @@ def test_transformers() -> None:
     layer = model.encoder.layers[0]
     assert layer.dropout == layer.activation_dropout == layer.self_attn.dropout == 1 / 3
     assert model.encoder.layerdrop == 0.25
+
+
+def test_a_model_of_ardd_compile() -> None:
+    """Its limit is torch's own."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.drop = nn.LSTM(8, 8, 2, dropout=0.5), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.lstm(x)[0])  # type: ignore[no-any-return]
+
+    module = Net()
+    compiled = ardd.compile(module, options={"target": "eager"})
+    assert isinstance(compiled, nn.Module)
+    assert ardd.set_rate(compiled, 0.3, levels=(0.0, 0.25)) == 0.25
+    assert (module.lstm.dropout, module.drop.p) == (0.25, 0.25)
+    with pytest.raises(ardd.RateError, match="may need"):
+        ardd.set_rate(compiled, 0.3)
+
+
+def test_batches_that_groups_divide_and_others() -> None:
+    """The graphs that rates above a half need are counted: torch's limit is not met."""
+    module = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10))
+    levels = (0.0, 0.6)
+    compiled = torch.compile(module, backend="ardd", options={"target": "eager"})
+    needed = 2 * len(levels) + 1 + 2
+    with torch._dynamo.config.patch(recompile_limit=needed, fail_on_recompile_limit_hit=True):
+        for rate in levels:
+            for batch in (512, 513, 514, 515):
+                for training in (True, False):
+                    module.train(training)
+                    ardd.set_rate(module, rate, levels=levels)
+                    compiled(torch.randn(batch, 256))

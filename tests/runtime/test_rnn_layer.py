@@ -416,6 +416,15 @@ def test_without_a_compiler() -> None:
         run_layer(*data(), "lstm", False, "packed", True)
 
 
+@pytest.mark.parametrize(("place", "name"), [(1, "h0"), (2, "c0"), (4, "w_hh")])
+def test_sizes_that_do_not_fit(place: int, name: str) -> None:
+    """The C++ would read behind them."""
+    tensors = data()
+    tensors[place] = tensors[place][:1]
+    with pytest.raises(ValueError, match=f"{name} has the shape \\(1, 4\\). Expected"):
+        run_layer(*tensors, "lstm", False, "packed", True)
+
+
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     no_memory = SimpleNamespace(lstm_forward=lambda *args: 0)
     monkeypatch.setattr(rnn_packed, "_library", lambda: no_memory)
