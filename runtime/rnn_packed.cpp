@@ -311,10 +311,10 @@ int lstm_forward(const float* w, const float* h0, const float* c0, float* gates,
 
 // w, gates and cells as above; c0 [N, H]; dy [T, N, H] or null for zero; dh, dc [N, H], in: the
 // gradients of the last state, out: of the first; d_gates [T, N, 4H], out: the gradient of what
-// the input adds to the gates. Returns whether there was memory.
+// the input adds to the gates; by_gate [4H, T, N], out: the same. Returns whether there was memory.
 int lstm_backward(const float* w, const float* c0, const float* gates, const float* cells,
-                  const float* dy, float* dh, float* dc, float* d_gates, long steps, long samples,
-                  long hidden, int reverse, int threads) {
+                  const float* dy, float* dh, float* dc, float* d_gates, float* by_gate, long steps,
+                  long samples, long hidden, int reverse, int threads) {
   const Shape shape{steps, samples, hidden, reverse != 0};
   const Tiles tiles(samples);
   const long blocks = shape.blocks(), depth = kGates * hidden, width = blocks * kColumns;
@@ -358,6 +358,15 @@ int lstm_backward(const float* w, const float* c0, const float* gates, const flo
             for (long lane = 0; lane < count; ++lane) to[lane * tiles.rows] = d[q][lane];
           }
         });
+        const long end = std::min((block + 1) * kColumns, hidden);
+        for (long q = 0; q < kGates; ++q) {
+          for (long u = q * hidden + block * kColumns; u < q * hidden + end; ++u) {
+            for (long n = 0; n < samples; n += tiles.rows) {
+              std::memcpy(by_gate + (u * steps + t) * samples + n, operand + tiles.at(depth, n, u),
+                          tiles.rows_of(n / tiles.rows) * sizeof(float));
+            }
+          }
+        }
       }
 #pragma omp barrier
       for (long block = share.first; block < share.last; ++block) {

@@ -20,7 +20,7 @@ from torch import Tensor
 from .rnn_loop import sum_of
 
 _FLAGS = ("-ffp-contract=fast",)
-_POINTERS = {"lstm_forward": 6, "lstm_backward": 8}
+_POINTERS = {"lstm_forward": 6, "lstm_backward": 9}
 """Function of the C++ to the number of its arguments that are addresses."""
 
 
@@ -144,11 +144,10 @@ def backward(
         for given in (dh, dc)
     )
     d_gates = gates.new_empty(gates.shape)
-    tensors = (w_hh, c0, gates, cells, dy, d_h, d_c, d_gates)
+    # The products for gradients of weights read it in this order, and would each make a copy.
+    by_gate = gates.new_empty(gates.shape[2], y.shape[0] * y.shape[1])
+    tensors = (w_hh, c0, gates, cells, dy, d_h, d_c, d_gates, by_gate)
     _call("lstm_backward", *tensors, sizes=y.shape, reverse=reverse)
-    by_gate = d_gates.flatten(0, 1).t()
-    if wanted[3] and wanted[4]:
-        by_gate = by_gate.contiguous()  # or each product would make a copy
     before = torch.cat([y[1:], h0[None]] if reverse else [h0[None], y[:-1]])
     d_bias = d_gates.sum((0, 1)) if wanted[5] or wanted[6] else None
     second = d_bias.clone() if d_bias is not None and wanted[5] and wanted[6] else d_bias
