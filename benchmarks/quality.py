@@ -200,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = [mnist(args.mnist, args.steps or 1240, args.lr)] if args.mnist else []
     tasks += [characters(args.text, args.steps or 600, limit=50_000)] if args.text else []
     if args.words:
-        small = {"units": 200, "known": 2_000, "limit": 50_000}
-        tasks.append(words(args.words[0], args.words[1], args.steps or 600, **small))
+        tasks.append(words(args.words[0], args.words[1], args.steps or 600))
     if not tasks:
         parser.error("give --mnist DIR, --text FILE, --words TRAIN VALID, or more than one")
 

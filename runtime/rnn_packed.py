@@ -1,6 +1,6 @@
 """One LSTM layer in float32 on a CPU: its own recurrence, and oneDNN's products.
 
-The recurrence is C++ that Inductor's own compiler builds when the first LSTM is compiled, see
+The recurrence is C++ that Inductor's own compiler builds when the first layer is given to it, see
 ``rnn_packed.cpp``: each step reads the state's weight once, packed, for all samples. All that does
 not depend on the state before is one product for all steps. Gates and cells are plain tensors, as
 in `ardd.runtime.rnn_loop`.
@@ -17,25 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rnn_onednn
 from .rnn_loop import sum_of
 
 _FLAGS = ("-ffp-contract=fast",)
 _POINTERS = {"lstm_forward": 6, "lstm_backward": 9}
 """Function of the C++ to the number of its arguments that are addresses."""
-
-
 _SMALLEST_WEIGHT_BYTES = 16 << 20
 _MOST_SAMPLES = 32
 
 
 def supports(kind: str, x: Tensor, hidden: int) -> bool:
     """Returns whether a layer can run here; the first time, builds the C++."""
-    on = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
-    if not on or kind != "lstm" or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    if any(isinstance(size, int) and size == 0 for size in (*x.shape, hidden)):
-        return False
-    return _library() is not None
+    on_onednn = x.dtype == torch.float32 and rnn_onednn.supports(kind, x, hidden)
+    return on_onednn and _library() is not None
 
 
 def pays(samples: Any, hidden: Any) -> bool:
@@ -113,25 +108,9 @@ def backward(
     reverse: bool,
     wanted: list[bool],
 ) -> list[Tensor | None]:
-    """Returns the exact gradients of `forward`.
+    """Returns the exact gradients of `forward`, as `ardd.runtime.rnn_loop.backward` does.
 
-    Args:
-        dy: gradient of y, None for zero, as for the next two.
-        dh: gradient of the last h.
-        dc: gradient of the last c.
-        x: as given to `forward`, as the next four.
-        h0: see there.
-        c0: see there.
-        w_ih: see there.
-        w_hh: see there.
-        y: what `forward` returned, as the next two.
-        gates: see there.
-        cells: see there.
-        reverse: as given to `forward`.
-        wanted: which of the gradients are computed.
-
-    Returns:
-        Gradients of x, h0, c0, w_ih, w_hh, b_ih and b_hh; None where not wanted.
+    It takes what that takes, but gates and cells, which `forward` returned, in place of reserve.
 
     Raises:
         MemoryError: there is none for a packed copy of ``w_hh``.

@@ -278,29 +278,21 @@ def test_an_input_that_is_projected_already(kind: str, kernel: str, bias: bool) 
     dtype = torch.float64 if kernel == "loop" else torch.float32
     x, h0, c0, w_ih, w_hh, b_ih, b_hh = operands(kind, dtype)
     b_hh = b_hh if bias else None
-    whole = run_both(x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, kernel)
+    leaves = [t for t in (x, h0, c0, w_ih, w_hh, b_ih, b_hh) if t is not None]
+    whole = results_and_grads(leaves, x, h0, c0, w_ih, w_hh, b_ih, b_hh, kind, True, kernel)
     projected = torch.nn.functional.linear(x, w_ih, b_ih)
     before = projected.detach().clone()
-    apart = run_both(projected, h0, c0, None, w_hh, None, b_hh, kind, kernel)
+    apart = results_and_grads(leaves, projected, h0, c0, None, w_hh, None, b_hh, kind, True, kernel)
     assert torch.equal(projected, before)
     for a, b in zip(apart, whole, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def run_both(x: Tensor, h0: Tensor, c0: Any, *args: Any) -> list[Tensor]:
-    """Returns the results, and the gradients of x's leaf and all other leaves."""
-    *weights, kind, kernel = args
-    y, h, c, *_ = torch.ops.ardd.rnn_layer(x, h0, c0, *weights, kind, True, kernel, False)
-    results = [y, h, *([c] if kind == "lstm" else [])]
-    loss = sum((r * torch.linspace(-1, 1, r.numel()).view(r.shape)).sum() for r in results)
-    assert isinstance(loss, Tensor)
-    leaves = leaves_of(x, h0, c0, *weights)
-    return [*results, *torch.autograd.grad(loss, leaves, retain_graph=True)]
-
-
-def leaves_of(x: Tensor, h0: Tensor, c0: Any, *weights: Any) -> list[Tensor]:
-    states = [state for state in (h0, c0) if state is not None]
-    return [*states, weights[1], *([weights[3]] if weights[3] is not None else [])]
+def results_and_grads(leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    results = torch.ops.ardd.rnn_layer(*args, False)[:3]
+    used = [result for result in results if result.requires_grad]
+    loss = torch.stack([(r * torch.linspace(-1, 1, r.numel()).view(r.shape)).sum() for r in used])
+    return [*results, *torch.autograd.grad(loss.sum(), leaves)]
 
 
 # ---- the recurrence in C++ ---------------------------------------------------------------
