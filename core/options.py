@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
+from .decisions import Role
 from .errors import OptionsError
 
 
@@ -32,6 +33,13 @@ class Options:
     everywhere. ``"deferred"`` drops nothing in the forward: of what it saves for weight gradients
     the smallest values are dropped, in the family that ``saves`` names, of every row where it names
     none.
+    """
+    structure: Literal["auto"] | tuple[str, ...] = "auto"
+    """Roles of the dropouts that may be structured, such as ``("hidden", "rnn_input")``; all others
+    stay random.
+
+    With ``"auto"``, the pattern ``"auto"`` structures those whose masks were measured to train as
+    well as ordinary ones, and every other pattern all. The names are the values of `ardd.Role`.
     """
     block_size: Literal["auto"] | int = "auto"
     """Neighbouring features that are kept or dropped together, or the side of a weight's tile;
@@ -110,6 +118,12 @@ class Options:
             given = getattr(self, key)
             if not accepts(given):
                 raise OptionsError.bad_value(key, given, allowed)
+        if isinstance(self.structure, list):
+            object.__setattr__(self, "structure", tuple(self.structure))
+        if self.structure != "auto" and self.pattern in ("random", "deferred"):
+            raise OptionsError.bad_value(
+                "structure", self.structure, f"'auto' with pattern={self.pattern!r}"
+            )
         # 0 and 0.0 are equal but print differently, and the text is part of cache keys.
         object.__setattr__(self, "rate_tolerance", float(self.rate_tolerance))
         object.__setattr__(self, "max_rate", float(self.max_rate))
@@ -162,6 +176,15 @@ def _choice(*names: str) -> tuple[str, Callable[[object], bool]]:
     return allowed, lambda value: isinstance(value, str) and value in names
 
 
+def _are_roles(value: object) -> bool:
+    if not isinstance(value, (tuple, list)):
+        return value == "auto"
+    return bool(value) and all(name in _ROLES for name in value)
+
+
+_ROLES = tuple(role.value for role in Role)
+
+
 def _is_density(value: object) -> bool:
     return value is None or (type(value) in (int, float) and 0 < cast("float", value) <= 1)
 
@@ -179,6 +202,7 @@ def _is_budget(value: object) -> bool:
 # For each field, what it may be in words, and whether a value is that.
 _CHECKS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "pattern": _choice("auto", "block", "grouped", "window", "row", "random", "deferred"),
+    "structure": ("'auto' or a tuple of " + ", ".join(map(repr, _ROLES)), _are_roles),
     "block_size": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "groups": ("'auto' or an int of at least 1", lambda v: v == "auto" or _is_int(v, 1)),
     "rate_tolerance": ("a number from 0 to 1", _is_rate),

@@ -24,6 +24,8 @@ _NARROW: Final = 130
 # are not touched at all.
 _LEFT_RANDOM: Final = frozenset(
     {
+        Reason.QUALITY,
+        Reason.NOT_CHOSEN,
         Reason.NOT_WORTH_IT,
         Reason.NO_PRODUCT,
         Reason.SHAPE,
@@ -31,8 +33,10 @@ _LEFT_RANDOM: Final = frozenset(
         Reason.CONFLICT,
         Reason.P_ROUNDS_TO_ZERO,
         Reason.PATTERN_RANDOM,
+        Reason.FALLBACK_RANDOM,
         Reason.OUT_OF_FUEL,
         Reason.WEIGHT_DROPOUT,
+        Reason.ALPHA_DROPOUT,
     }
 )
 
@@ -204,11 +208,11 @@ def _rule() -> Box:
 
 
 _COLUMNS: Final = (
-    *("#", "module", "source", "kind", "shape", "p -> used", "pattern", "block", "dim"),
+    *("#", "module", "source", "kind", "role", "shape", "p -> used", "pattern", "block", "dim"),
     *("decision", "reason", "FLOPs"),
 )
 _STACKED: Final = (
-    *("#", "module/source", "kind/shape/p -> used", "decision/pattern/block and dim"),
+    *("#", "module/source", "kind/role/shape/p -> used", "decision/pattern/block and dim"),
     "reason/FLOPs",
 )
 """The same columns; those joined by / stand below each other."""
@@ -226,6 +230,7 @@ def _cells(decision: Decision) -> dict[str, str]:
     return {
         "module": decision.module or "-",
         "source": decision.source or "-",
+        "role": "-" if decision.role is None else decision.role.value,
         "kind": decision.kind,
         "shape": f"[{', '.join(map(str, decision.shape))}]",
         "p -> used": _rate(decision.p) if used is None else _arrow(_rate(decision.p), _rate(used)),

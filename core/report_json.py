@@ -8,13 +8,13 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .decisions import Decision, Reason
+from .decisions import Decision, Reason, Role
 from .saves import SavedTensor, SaveReason
 
 if TYPE_CHECKING:
     from .report import GraphReport, Report
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 """Version of the JSON form. Files of another version are refused, not guessed at."""
 
 
@@ -120,6 +120,9 @@ _DECISION_FIELDS: Final[Mapping[str, _Field]] = {
     "reason": _Field(
         lambda v: isinstance(v, str) and v in Reason.__members__, "the name of a Reason"
     ),
+    "role": _Field(
+        lambda v: v is None or v in {role.value for role in Role}, "the name of a role or null"
+    ),
     "detail": _TEXT,
     "pattern": _TEXT,
     "p_used": _MAYBE_RATE,
@@ -183,6 +186,7 @@ def _decision_from_dict(data: object) -> Decision:
     fields["p"] = math.nan if fields["p"] is None else fields["p"]
     fields["shape"] = tuple(fields["shape"])
     fields["reason"] = Reason[fields["reason"]]
+    fields["role"] = None if fields["role"] is None else Role(fields["role"])
     return Decision(**fields)
 
 

@@ -27,6 +27,7 @@ from .kept_sets import KeptSet, draw, expand, gather
 from .price_plan import Choice
 from .relation import is_tensor, shape_of, tensor_operands
 from .rules.layout import SQUEEZES, squeezed_dims
+from .seed_masks import after_seeds
 from .settle_layouts import settled_layouts
 from .support import Form, Support, is_zero
 
@@ -89,7 +90,7 @@ class _Compactor:
 
         The products before a dropout use its kept set as well.
         """
-        start = next(node for node in nodes if node.op not in ("placeholder", "get_attr"))
+        start = after_seeds(self._graph)
         for mask in self._support.masks:
             for axis in self._support.masks[mask].values():
                 if axis in self._chosen:

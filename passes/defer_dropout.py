@@ -29,14 +29,14 @@ def defer_masks(graph: fx.Graph, masks: Iterable[fx.Node]) -> None:
     values dropped are the smallest, and so no draw is needed.
     """
     for mask in masks:
-        like, shared, p, mean, site = mask.args
+        _, _, p, *_ = mask.args
         for user in list(mask.users):
             other: Any = next((x for x in user.all_input_nodes if x is not mask), None)
             if user.target is aten.mul.Tensor and other is not None and _alike(user, other):
                 other.meta[_RATE] = p
                 user.replace_all_uses_with(other)
                 graph.erase_node(user)
-        mask.args = (like, shared, 0.0, mean, site)  # where it stays, it drops nothing
+        mask.update_arg(2, 0.0)  # where it stays, it drops nothing
 
 
 def can_defer(mask: fx.Node, forward: Collection[fx.Node], grads: Collection[fx.Node]) -> bool:
@@ -50,7 +50,7 @@ def can_defer(mask: fx.Node, forward: Collection[fx.Node], grads: Collection[fx.
         forward: the nodes of the forward.
         grads: the nodes that are gradients of parameters and of nothing else.
     """
-    _, _, _, mean, _ = mask.args
+    mean = mask.args[3]
     products = [user for user in mask.users if user in forward]
     if mean != 1.0 or not products:
         return False

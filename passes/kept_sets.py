@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .facts import KeptAxis
 from .group_blocks import by_blocks_of_groups
 from .price_plan import Choice
 from .relation import shape_of
+from .seed_masks import emit_bits
 
 aten = torch.ops.aten
 
@@ -30,6 +31,15 @@ DRAWS: Mapping[str, Any] = {
     "window": draw_window,
 }
 """The op that draws the kept set, by pattern."""
+
+
+def bits_needed(pattern: str, sizes: Sequence[Any]) -> list[int]:
+    """Returns the shape of the bits that a draw of these sizes is a function of."""
+    if pattern == "window":
+        return [1]
+    if pattern == "row":
+        return [2, sum(sizes[1])]
+    return list(sizes[:-1])
 
 
 @dataclasses.dataclass
@@ -53,14 +63,14 @@ def draw(emit: Emitter, before: fx.Node, mask: fx.Node, choice: Choice) -> KeptS
     Rows are gathered by index like all others. A strided view, [n / period, period][:, start] with
     the start on the device, is none for Inductor: a 0-dimensional index makes it wait for a number.
     """
-    device = mask.meta["val"].device
     op = DRAWS[choice.pattern]
     n_kept = list(choice.counts) if choice.counts else choice.n_kept
     sizes: tuple[Any, ...] = (choice.n_blocks, n_kept)
     if choice.axis.groups > 1:
         sizes = (choice.axis.groups, *sizes)
-    with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
-        pair = emit.op(before, op, *sizes, device, mask.args[4], choice.axis.site)
+    bits = emit_bits(emit, before, mask, bits_needed(choice.pattern, sizes))
+    with emit.marked(CheckpointPolicy.MUST_SAVE):  # recomputed, they would be sorted again
+        pair = emit.op(before, op, bits, *sizes, mask.args[4])
         kept = emit.op(before, operator.getitem, pair, 0)
         slot = emit.op(before, operator.getitem, pair, 1)
     return KeptSet(choice, kept, slot)

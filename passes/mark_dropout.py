@@ -17,6 +17,7 @@ from .match_dropout_calls import DropoutCall, LeftAlone, match_dropout_call
 from .match_hand_masks import DRAWS as HAND_DRAWS
 from .match_hand_masks import HandMask, match_hand_mask, refuse
 from .prove_mask_uses import prove_mask_uses
+from .random_masks import keeps_eager_masks
 from .rewrite_hand_mask import insert_marker, rewrite_hand_mask
 from .sites import Site, module_path, source_line, source_name, static_shape
 
@@ -138,9 +139,14 @@ class _Marking:
             return
         site = self._add_site(call.node, call.kind, call.p, 1.0, of_weight)
         graph = call.node.graph
+        if call.alpha:
+            site = dataclasses.replace(site, mean=1.0 - call.p)
+            self.sites[-1] = site
         mask = insert_marker(call.node, call.x, call.shared_dims, site)
         with graph.inserting_before(call.node):
-            if call.inplace:
+            if call.alpha:
+                product = _alpha_dropout(call, mask)
+            elif call.inplace:
                 product = graph.call_method("mul_", (call.x, mask))
             else:
                 product = graph.call_function(operator.mul, (call.x, mask))
@@ -154,6 +160,8 @@ class _Marking:
             self._leave(LeftAlone(found.draw, found.kind, found.p, shape, Reason.UNUSED))
             return
         uses = prove_mask_uses(found)
+        if keeps_eager_masks():
+            uses = "fallback_random keeps what the program draws"
         if isinstance(uses, str):
             self._leave(refuse(found, uses))
             return
@@ -190,6 +198,28 @@ class _Marking:
                 detail=found.detail,
             )
         )
+
+
+def _alpha_dropout(call: DropoutCall, keep: fx.Node) -> fx.Node:
+    """Adds what alpha dropout does with a mask of zeros and ones.
+
+    Klambauer et al. 2017, "Self-normalizing neural networks", https://arxiv.org/abs/1706.02515: what
+    is dropped becomes the negative saturation value of SELU, and an affine map keeps mean and
+    variance.
+    """
+    graph, p = call.node.graph, call.p
+    scale = ((_SATURATION**2 * p + 1) * (1 - p)) ** -0.5
+    factor = graph.call_function(operator.mul, (keep, scale))
+    dropped = graph.call_function(operator.mul, (keep, _SATURATION * scale))
+    shift = graph.call_function(operator.sub, (dropped, _SATURATION * scale * (1 - p)))
+    if call.inplace:
+        return graph.call_method("add_", (graph.call_method("mul_", (call.x, factor)), shift))
+    return graph.call_function(
+        operator.add, (graph.call_function(operator.mul, (call.x, factor)), shift)
+    )
+
+
+_SATURATION: Final = 1.7580993408473766  # of SELU, with the sign turned: its lambda times its alpha
 
 
 def _in_subgraph(node: fx.Node, kind: str, p: float, like: fx.Node) -> LeftAlone:

@@ -28,6 +28,8 @@ class DropoutCall:
     """Dimensions along which one draw is shared."""
     inplace: bool
     """Whether ``x`` itself is overwritten."""
+    alpha: bool = False
+    """Whether it keeps mean and variance: the result is ``a * (x * mask) + b(mask)``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,12 @@ _DROPOUTS: Final = {
     **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), True),
     **dict.fromkeys(("feature_dropout", "feature_dropout_"), True),
 }
-_ALPHA: Final = frozenset(
-    ("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_")
-)
+_ALPHA: Final = {
+    **dict.fromkeys(("alpha_dropout", "alpha_dropout_"), False),
+    **dict.fromkeys(("feature_alpha_dropout", "feature_alpha_dropout_"), True),
+}
+ALPHA_KINDS: Final = frozenset(name.rstrip("_") for name in _ALPHA)
+"""What the report calls alpha dropouts."""
 WRITTEN_AS: Final = "ardd_written_as"
 """Where a node says what the user wrote, if it is not the user's own call."""
 RNNS: Final = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
@@ -73,10 +78,8 @@ def match_dropout_call(node: fx.Node) -> DropoutCall | LeftAlone | None:
     2. A call with a bad ``p``, or on a tensor that torch refuses, is left for torch to refuse.
     """
     name = op_name(node)
-    if name in _DROPOUTS:
+    if name in _DROPOUTS or name in _ALPHA:
         return _match_dropout(node, name)
-    if name in _ALPHA:
-        return _match_alpha(node, name)
     if name == "scaled_dot_product_attention":
         return _match_sdpa(node)
     if name == "multi_head_attention_forward":
@@ -106,7 +109,7 @@ def _match_dropout(node: fx.Node, name: str) -> DropoutCall | LeftAlone | None:
         detail = "what is dropped is not a plain tensor of floating-point numbers"
         return LeftAlone(node, kind, float(p), shape, Reason.HAND_MASK, detail)
     inplace = name.endswith("_") or bool(argument(node, 3, "inplace", False))
-    return DropoutCall(node, kind, x, float(p), shared_dims, inplace)
+    return DropoutCall(node, kind, x, float(p), shared_dims, inplace, name in _ALPHA)
 
 
 def _is_on(node: fx.Node) -> bool:
@@ -122,7 +125,7 @@ def _shared_dims(name: str, dims: int | None) -> tuple[int, ...] | None:
         name: Name of the function.
         dims: Number of dimensions of its input, None if unknown.
     """
-    if not _DROPOUTS[name]:
+    if not {**_DROPOUTS, **_ALPHA}[name]:
         return ()
     if dims is None:
         return None
@@ -132,14 +135,6 @@ def _shared_dims(name: str, dims: int | None) -> tuple[int, ...] | None:
         return tuple(range(1, dims)) if dims >= 1 else None
     # dropout2d takes (C, H, W) for (N, C, L): torch warns of it, and so it is kept here.
     return tuple(range(2, dims)) if dims >= 2 else None
-
-
-def _match_alpha(node: fx.Node, name: str) -> LeftAlone | None:
-    p = argument(node, 1, "p", 0.5)
-    if not _is_on(node):
-        return None
-    kind = name.rstrip("_")
-    return _left_inside(node, kind, p, static_shape(tensor_of(node)), Reason.ALPHA_DROPOUT)
 
 
 def _match_sdpa(node: fx.Node) -> LeftAlone | None:

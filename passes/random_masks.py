@@ -1,29 +1,39 @@
-"""Turns masks that stay random into what Inductor's own decomposition of dropout gives.
+"""Turns masks that stay random into a comparison of counter-based bits, which fuses into its users.
 
-Forward:   mul(%x, %mask)  ->  mul(mul(gt(rand, p), %x), scale)
-Backward:  mul(%g, %mask)  ->  mul(%g, mul(convert(gt), scale))
+    %y = mul(%x, %mask)   =>   %y = mul(%x, where(ge(bits(%seed), threshold), 1 / (1 - p), 0))
 
-The very form, so that Inductor's low-memory seeds and attention fusion work as if ardd were not
-there.
+The bits are a function of the seed and of the place of the element (`ardd.runtime.random_bits`), so
+backward computes them again from the seed, and no mask is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+import operator
+from typing import Any, Final
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-from ..runtime.dropout_mask import dropout_mask
+from ..runtime.dropout_mask import dropout_mask, scale_of
+from ..runtime.random_bits import threshold_of
 from .emit import Emitter, fake_mode_of
-from .feature_dims import forward_nodes
+from .seed_masks import bits_of_mask, drop_unused_seeds, seed_masks
 from .settle_layouts import settled_layouts
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-SMALLEST_RATE = 2.0**-25
-"""Smaller rates drop nothing: a float32 ``1 - p`` is 1."""
+SMALLEST_RATE: Final = 2.0**-33
+"""Rates up to this round to 0 and drop nothing."""
+
+_NARROW: Final = (torch.bfloat16, torch.float16)
+
+
+def keeps_eager_masks() -> bool:
+    """Returns whether Inductor is asked to draw what eager mode would, here as anywhere."""
+    from torch._inductor import config
+
+    return bool(config.fallback_random)
 
 
 def masks_in(graph: fx.Graph) -> list[fx.Node]:
@@ -34,65 +44,82 @@ def masks_in(graph: fx.Graph) -> list[fx.Node]:
 def lower_random_masks(graph: fx.Graph) -> None:
     """Replaces every mask that is left in the graph, in place."""
     masks = masks_in(graph)
-    if not masks:
-        return
-    with settled_layouts(graph):
-        _lower_all(graph, masks)
+    for mask in masks:
+        if not mask.users:
+            graph.erase_node(mask)
+    masks = masks_in(graph)
+    if masks:
+        with settled_layouts(graph):
+            unseeded = [mask for mask in masks if len(mask.args) < 6]
+            if unseeded:
+                seed_masks(graph, unseeded, ())
+            _lower_all(graph, masks)
+    drop_unused_seeds(graph)
 
 
 def _lower_all(graph: fx.Graph, masks: list[fx.Node]) -> None:
     emit = Emitter(graph, fake_mode_of(graph))
-    forward = set(forward_nodes(graph))
     for mask in masks:
-        if not mask.users:
-            graph.erase_node(mask)
-            continue
-        like, _, p, mean, _ = mask.args
+        like, _, p, mean, *_ = mask.args
         assert isinstance(like, fx.Node)
         assert isinstance(p, float)
         assert isinstance(mean, float)
-        scale = mean / (1.0 - p)
+        scale = scale_of(p, mean)
         value = mask.meta["val"]
-        if p < SMALLEST_RATE:
+        if p <= SMALLEST_RATE:
             sizes = emit.sizes(mask, mask, like)
             whole = emit.op(
                 mask, aten.full.default, sizes, scale, dtype=value.dtype, device=value.device
             )
             mask.replace_all_uses_with(whole)
         else:
-            _lower(emit, mask, like, p, scale, forward)
+            _lower(emit, mask, like, p, scale)
         graph.erase_node(mask)
     graph.eliminate_dead_code()
 
 
-def _lower(
-    emit: Emitter,
-    mask: fx.Node,
-    like: fx.Node,
-    p: float,
-    scale: float,
-    forward: Collection[fx.Node],
-) -> None:
+def _lower(emit: Emitter, mask: fx.Node, like: fx.Node, p: float, scale: float) -> None:
     value = mask.meta["val"]
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    random = emit.op(
-        mask, aten.rand.default, emit.sizes(mask, mask, like), dtype=dtype, device=value.device
-    )
-    keep = emit.op(mask, aten.gt.Scalar, random, p)
+
+    def chosen(dtype: torch.dtype) -> fx.Node:
+        numbers = (
+            emit.op(mask, aten.scalar_tensor.default, x, dtype=dtype, device=value.device)
+            for x in (scale, 0.0)
+        )
+        return emit.op(mask, aten.where.self, keep, *numbers)
+
+    drawn = _eager_draw(emit, mask, like, p) if keeps_eager_masks() else None
+    # Read in backward, a size would keep the tensor that it is read from.
+    sizes = emit.sizes(mask, mask, like) if drawn is None else []
+    with emit.marked(CheckpointPolicy.MUST_RECOMPUTE):
+        if drawn is not None:
+            keep = emit.op(mask, aten.ne.Scalar, drawn, 0)
+        else:
+            keep = emit.op(mask, aten.ge.Scalar, bits_of_mask(emit, mask, sizes), threshold_of(p))
+        narrow = value.dtype in _NARROW
+        factor = chosen(torch.float32 if narrow else value.dtype)
+        number = chosen(value.dtype) if narrow else factor
     for user in list(mask.users):
         other: Any = next((x for x in user.all_input_nodes if x is not mask), None)
         plain = user.target is aten.mul.Tensor and other is not None
-        if plain and user in forward and other.meta["val"].dtype == value.dtype:
-            kept = emit.op(user, aten.mul.Tensor, keep, other)
-            result = emit.op(user, aten.mul.Tensor, kept, scale) if scale != 1.0 else kept
+        if narrow and plain and other.meta["val"].dtype == value.dtype:
+            # 1 / (1 - p) rounded to bfloat16 would be off by up to 0.4 %, in every element.
+            product = emit.op(user, aten.mul.Tensor, other, factor)
+            result = emit.op(user, prims.convert_element_type.default, product, value.dtype)
             user.replace_all_uses_with(result)
             user.graph.erase_node(user)
         else:
-            user.replace_input_with(mask, _as_number(emit, user, keep, scale, value.dtype))
+            user.replace_input_with(mask, number)
 
 
-def _as_number(
-    emit: Emitter, before: fx.Node, keep: fx.Node, scale: float, dtype: torch.dtype
-) -> fx.Node:
-    number = emit.op(before, prims.convert_element_type.default, keep, dtype)
-    return emit.op(before, aten.mul.Tensor, number, scale) if scale != 1.0 else number
+def _eager_draw(emit: Emitter, mask: fx.Node, like: fx.Node, p: float) -> fx.Node:
+    """Draws as torch's own dropout does in eager mode: 0 is dropped."""
+    value = mask.meta["val"]
+    sizes = emit.sizes(mask, mask, like)
+    options = {"dtype": value.dtype, "device": value.device}
+    shape = emit.op(mask, aten.empty.memory_format, sizes, **options)
+    with emit.marked(CheckpointPolicy.MUST_SAVE):
+        if value.device.type == "cpu" or mask.args[1]:  # whole channels have no kernel of their own
+            return emit.op(mask, aten.bernoulli.p, shape, 1.0 - p)
+        pair = emit.op(mask, aten.native_dropout.default, shape, p, True)
+        return emit.op(mask, operator.getitem, pair, 1)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from ..core.decisions import Decision, Reason
+from ..core.decisions import Decision, Reason, Role
 
 TORCH_DIR: Final = os.path.dirname(torch.__file__) + os.sep
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
@@ -38,6 +38,8 @@ class Site:
     """The user's line, ``file.py:12``."""
     of_weight: bool = False
     """Whether what is dropped is made of parameters and buffers alone (DropConnect)."""
+    role: Role | None = None
+    """What it does in its network, once that is known."""
 
 
 def decide(
@@ -53,6 +55,7 @@ def decide(
         p=site.p,
         taken=taken,
         reason=reason,
+        role=site.role,
         **more,
     )
 

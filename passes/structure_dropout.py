@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from ..core.decisions import Decision, PassResult, Reason
+from ..core.decisions import Decision, PassResult, Reason, Role
 from ..core.errors import BudgetError
 from ..core.options import Options
 from .compact import compact
@@ -17,14 +17,18 @@ from .cost_model import find_cost_model
 from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
+from .find_roles import find_roles
+from .match_dropout_calls import ALPHA_KINDS
 from .meet_budget import allowed_flops, meet_budget
 from .plan_groups import GROUPS, HIGH_RATE, GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
 from .price_groups import GroupPricer
 from .price_plan import Choice, PlanPricer
 from .program_inputs import grads_of, inputs_in, results_only_at
-from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
+from .quality import left_random
+from .random_masks import SMALLEST_RATE, keeps_eager_masks, lower_random_masks, masks_in
 from .relation import shape_of
+from .seed_masks import seed_masks
 from .sites import Site, decide, static_shape
 from .split_rows import split_rows
 from .support import Support
@@ -92,11 +96,27 @@ class StructureDropout:
         masks = masks_in(graph)
         if not masks:
             return StructureResult(modified=False)
+        roles = {
+            mask.args[4]: role
+            for mask, role in find_roles(graph, masks, inputs_in(graph, self.parameters)).items()
+        }
+        sites = [dataclasses.replace(site, role=roles.get(site.index)) for site in self.sites]
+        seed_masks(graph, masks, [site.index for site in sites])
+        return dataclasses.replace(self, sites=sites)._rewrite(graph, masks)
+
+    def _rewrite(self, graph: fx.Graph, masks: list[fx.Node]) -> StructureResult:
+        """Rewrites a graph whose masks have seeds, with sites whose roles are known."""
         if self.options.pattern == "deferred":
             return self._deferred(graph, masks)
         model = find_cost_model(self.options.cost_model)
-        weights = {m: n for n, m in enumerate(masks) if self._site(m).of_weight}
-        tiles = tile_weights(graph, weights, self.options, model)
+        weights = [mask for mask in masks if self._site(mask).of_weight]
+        tiles = {
+            mask: TileVerdict(None, reason)
+            for mask in weights
+            if (reason := self._left_random(mask)) is not None
+        }
+        weights = [mask for mask in weights if mask not in tiles]
+        tiles |= tile_weights(graph, weights, self.options, model)
         tiled = [verdict for verdict in tiles.values() if verdict.tiling]
         device = masks[0].meta["val"].device
         masks = masks_in(graph)
@@ -187,7 +207,11 @@ class StructureDropout:
     def _groups(self, graph: fx.Graph, masks: list[fx.Node], support: Support) -> GroupPlan:
         lowest = HIGH_RATE if self.options.pattern == "auto" else 0.0
         able = [
-            m for m in masks if self._refused(m, support) is None and _float(m.args[2]) > lowest
+            mask
+            for mask in masks
+            if self._refused(mask, support) is None
+            and self._left_random(mask) is None
+            and _float(mask.args[2]) > lowest
         ]
         wanted = self.options.groups
         if wanted == "auto":
@@ -209,6 +233,11 @@ class StructureDropout:
         features = (
             feature_axes(graph, support, set(inputs_in(graph, self.parameters))) if rates else set()
         )
+        for mask in rates:
+            reason = self._left_random(mask)
+            if reason is not None and any(x in features for x in support.masks[mask].values()):
+                refused[mask] = reason
+        rates = {mask: p for mask, p in rates.items() if mask not in refused}
         planned = plan_patterns(support, rates, features, pricer, self.options)
         planned = meet_budget(planned, support, pricer, self.options)
         fuel = self.options.max_rewrites
@@ -223,14 +252,23 @@ class StructureDropout:
             verdicts[mask] = verdict
         return verdicts
 
+    def _left_random(self, mask: fx.Node) -> Reason | None:
+        """Returns why a mask that could be structured is better left random, None if it is not."""
+        site = self._site(mask)
+        return left_random(site.role or Role.OTHER, site.p, self.options)
+
     def _refused(self, mask: fx.Node, support: Support) -> Reason | None:
         """Returns why a mask cannot be structured whatever it costs, None if it can."""
         if self.options.pattern == "random":
             return Reason.PATTERN_RANDOM
-        if _float(mask.args[2]) < SMALLEST_RATE:
+        if self.options.pattern == "auto" and keeps_eager_masks():
+            return Reason.FALLBACK_RANDOM
+        if _float(mask.args[2]) <= SMALLEST_RATE:
             return Reason.P_ROUNDS_TO_ZERO
         if not mask.users:
             return Reason.UNUSED
+        if self._site(mask).kind in ALPHA_KINDS:
+            return Reason.ALPHA_DROPOUT
         if not support.masks[mask]:
             fixed = all(isinstance(size, int) for size in shape_of(mask))
             return Reason.SHAPE if fixed else Reason.DYNAMIC_DIM

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ..runtime.draw_tiles import draw_tiles
 from .emit import Emitter
 from .find_weight_uses import Features, Gradient, Step, Use
+from .seed_masks import emit_bits
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -87,7 +88,6 @@ class TiledWeight:
         mask: the mask that is drawn.
         tiling: the tiles.
         mean: expectation of the mask.
-        instance: differs between the draws of a graph.
     """
 
     def __init__(
@@ -97,17 +97,16 @@ class TiledWeight:
         mask: fx.Node,
         tiling: Tiling,
         mean: float,
-        instance: int,
     ) -> None:
         self._emit = emit
         self._tiling = tiling
         self._scale = mean * tiling.period / tiling.n_kept
         self._ordered: dict[tuple[Features, bool], fx.Node] = {}
         self._weights: dict[tuple[fx.Node, tuple[Step, ...], bool], fx.Node] = {}
-        device = mask.meta["val"].device
         sizes = (*tiling.grid, tiling.period, tiling.n_kept)
-        with emit.marked(CheckpointPolicy.MUST_SAVE):  # checkpointing would draw them again
-            self.drawn = emit.op(start, draw_tiles, *sizes, device, mask.args[4], instance)
+        bits = emit_bits(emit, start, mask, [sum(tiling.grid)])
+        with emit.marked(CheckpointPolicy.MUST_SAVE):  # recomputed, they would be sorted again
+            self.drawn = emit.op(start, draw_tiles, bits, *sizes, mask.args[4])
             rows, columns, row_slot, column_slot, self._place = (
                 emit.op(start, operator.getitem, self.drawn, i) for i in range(5)
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import gcd
 
@@ -16,8 +16,9 @@ from .cost_model import CostModel
 from .emit import Emitter, fake_mode_of
 from .find_weight_uses import WeightUses, adds, find_weight_uses, step_of, transposes
 from .price_tiles import TilePricer
-from .random_masks import SMALLEST_RATE
+from .random_masks import SMALLEST_RATE, keeps_eager_masks
 from .relation import shape_of
+from .seed_masks import after_seeds
 from .settle_layouts import settled_layouts
 from .tile_products import TiledWeight, Tiling
 
@@ -27,7 +28,6 @@ aten, prims = torch.ops.aten, torch.ops.prims
 MIN_TILE, MAX_TILE = 32, 128
 MAX_PERIOD = 16
 _ROUNDING = 1e-12
-_GIVEN = ("placeholder", "get_attr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TileVerdict:
 
 
 def tile_weights(
-    graph: fx.Graph, masks: Mapping[fx.Node, int], options: Options, model: CostModel
+    graph: fx.Graph, masks: Sequence[fx.Node], options: Options, model: CostModel
 ) -> dict[fx.Node, TileVerdict]:
     """Rewrites the products with masked weights, in place.
 
@@ -58,7 +58,7 @@ def tile_weights(
 
     Args:
         graph: forward alone, or joint.
-        masks: the ``ardd::dropout_mask`` nodes of weights, and their numbers in the graph.
+        masks: the ``ardd::dropout_mask`` nodes of weights, with seeds.
         options: what the user asked for.
         model: prices the ops.
 
@@ -68,7 +68,7 @@ def tile_weights(
     fuel = options.max_rewrites
     verdicts = {}
     last_draw: fx.Node | None = None
-    for mask, number in masks.items():
+    for mask in masks:
         found = find_weight_uses(mask)
         verdict = _plan(mask, found, options, model)
         if verdict.tiling is not None and fuel is not None:
@@ -77,7 +77,7 @@ def tile_weights(
             fuel -= 1
         if verdict.tiling is not None:
             with settled_layouts(graph):
-                last_draw = _rewrite(graph, mask, number, found, verdict.tiling, last_draw)
+                last_draw = _rewrite(graph, mask, found, verdict.tiling, last_draw)
         verdicts[mask] = verdict
     return verdicts
 
@@ -105,7 +105,9 @@ def _plan(mask: fx.Node, found: WeightUses, options: Options, model: CostModel) 
     assert isinstance(p, float)
     if options.pattern == "random":
         return TileVerdict(None, Reason.PATTERN_RANDOM)
-    if p < SMALLEST_RATE:
+    if options.pattern == "auto" and keeps_eager_masks():
+        return TileVerdict(None, Reason.FALLBACK_RANDOM)
+    if p <= SMALLEST_RATE:
         return TileVerdict(None, Reason.P_ROUNDS_TO_ZERO)
     if not mask.users:
         return TileVerdict(None, Reason.UNUSED)
@@ -137,7 +139,6 @@ def _plan(mask: fx.Node, found: WeightUses, options: Options, model: CostModel) 
 def _rewrite(
     graph: fx.Graph,
     mask: fx.Node,
-    number: int,
     found: WeightUses,
     tiling: Tiling,
     last_draw: fx.Node | None,
@@ -148,8 +149,8 @@ def _rewrite(
     assert isinstance(mean, float)
     nodes = list(graph.nodes)
     # In the order of the dropouts, before all that the forward computes.
-    start = last_draw.next if last_draw else next(n for n in nodes if n.op not in _GIVEN)
-    tiled = TiledWeight(emit, start, mask, tiling, mean, number)
+    start = last_draw.next if last_draw else after_seeds(graph)
+    tiled = TiledWeight(emit, start, mask, tiling, mean)
     uses = {use.node: use for use in found.uses}
     gradients = {gradient.node: gradient for gradient in found.gradients}
     cut: dict[fx.Node, fx.Node] = {}

@@ -46,21 +46,17 @@ def note_draw(site: int, n_blocks: int, kept: Tensor) -> None:
         recorder.append(Draw(site, n_blocks, kept.clone()))
 
 
-def draw(
-    n_blocks: int, n_kept: int, device: torch.device, site: int, instance: int
-) -> tuple[Tensor, Tensor]:
+def draw(bits: Tensor, n_blocks: int, n_kept: int, site: int) -> tuple[Tensor, Tensor]:
     """Draws ``n_kept`` of ``n_blocks`` blocks, uniformly and without replacement.
 
     Every block is kept with probability ``n_kept / n_blocks`` exactly, every pair with the
-    hypergeometric probability. Uses torch's default generator of ``device``; never waits for it.
+    hypergeometric probability. Never waits for the device.
 
     Args:
+        bits: int32 ``[n_blocks]``, random: the draw is a function of them.
         n_blocks: Blocks there are.
         n_kept: Blocks to keep, ``0 <= n_kept <= n_blocks``.
-        device: Where to draw and where the results live.
         site: Number of the dropout, for `record_draws`.
-        instance: Differs between the draws of a graph. Two draws with equal arguments would be
-            merged into one as a common subexpression, and two dropouts would share a mask.
 
     Returns:
         ``kept``, int64 ``[n_kept]``: the blocks kept, ascending. ``slot``, int64 ``[n_blocks]``:
@@ -70,12 +66,9 @@ def draw(
         ValueError: If ``n_kept`` is negative or larger than ``n_blocks``.
     """
     check_counts(n_blocks, n_kept)
-    # On 2 CPU cores randperm, sort, full, scatter_ is 14 us at 16 blocks and 19 us at 256 (torch
-    # 2.13); rand().topk() is 14 and 22, a boolean mask with nonzero() and cumsum() 30 and 23, and
-    # nonzero() would wait for the device.
-    kept = torch.randperm(n_blocks, device=device)[:n_kept].sort().values
-    slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=device)
-    slot.scatter_(0, kept, torch.arange(n_kept, device=device))
+    kept = bits.argsort()[:n_kept].sort().values
+    slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=bits.device)
+    slot.scatter_(0, kept, torch.arange(n_kept, device=bits.device))
     note_draw(site, n_blocks, kept)
     return kept, slot
 
@@ -92,25 +85,21 @@ def check_counts(n_blocks: int, n_kept: int) -> None:
         )
 
 
-def fake_draw(
-    n_blocks: int, n_kept: int, device: torch.device, site: int, instance: int
-) -> tuple[Tensor, Tensor]:
+def fake_draw(bits: Tensor, n_blocks: int, n_kept: int, site: int) -> tuple[Tensor, Tensor]:
     """Returns a draw without its values."""
     check_counts(n_blocks, n_kept)
-    kept = torch.empty(n_kept, dtype=torch.int64, device=device)
-    return kept, torch.empty(n_blocks, dtype=torch.int64, device=device)
+    kept = bits.new_empty(n_kept, dtype=torch.int64)
+    return kept, bits.new_empty(n_blocks, dtype=torch.int64)
 
 
 _library: Any = torch.library  # untyped
 _LIB = _library.Library("ardd", "FRAGMENT")
 _LIB.define(
-    "draw_blocks(int n_blocks, int n_kept, Device device, int site, int instance)"
-    " -> (Tensor kept, Tensor slot)",
+    "draw_blocks(Tensor bits, int n_blocks, int n_kept, int site) -> (Tensor kept, Tensor slot)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-# No argument is a tensor, so that no backend key is set and only this alias key is looked up.
 _LIB.impl("draw_blocks", draw, "CompositeExplicitAutograd")
 _library.register_fake("ardd::draw_blocks", fake_draw, lib=_LIB)
 
 draw_blocks = torch.ops.ardd.draw_blocks.default
-"""``draw_blocks(n_blocks, n_kept, device, site, instance) -> (kept, slot)``, see ``draw``."""
+"""``draw_blocks(bits, n_blocks, n_kept, site) -> (kept, slot)``, see ``draw``."""

@@ -11,7 +11,7 @@ from .draw_blocks import note_draw
 
 
 def draw(
-    n_groups: int, n_blocks: int, n_kept: int, device: torch.device, site: int, instance: int
+    bits: Tensor, n_groups: int, n_blocks: int, n_kept: int, site: int
 ) -> tuple[Tensor, Tensor]:
     """Draws ``n_kept`` of ``n_blocks`` blocks for every group, uniformly without replacement.
 
@@ -19,15 +19,14 @@ def draw(
     part of the batch are the structure of Lo 2024, "Efficient Sparse Training with Structured
     Dropout", https://arxiv.org/abs/2411.01238. There a part is 128 rows, a tile of the kernel, and
     every block is dropped by itself; here it is any equal share of the rows, and the number kept is
-    fixed. Uses torch's default generator of ``device``; never waits for it.
+    fixed. Never waits for the device.
 
     Args:
+        bits: int32 ``[n_groups, n_blocks]``, random: the draw is a function of them.
         n_groups: Groups of rows, at least 1.
         n_blocks: Blocks there are.
         n_kept: Blocks that each group keeps, ``0 <= n_kept <= n_blocks``.
-        device: Where to draw and where the results live.
         site: Number of the dropout, for `record_draws`.
-        instance: Differs between the draws of a graph, as for ``draw_blocks``.
 
     Returns:
         ``kept``, int64 ``[n_groups, n_kept]``: the blocks that each group keeps, ascending.
@@ -38,11 +37,9 @@ def draw(
         ValueError: If ``n_groups`` is less than 1, or ``n_kept`` negative or above ``n_blocks``.
     """
     _check(n_groups, n_blocks, n_kept)
-    # In float64 two equal keys, of which the first block would win, are too rare to be seen.
-    keys = torch.rand(n_groups, n_blocks, dtype=torch.float64, device=device)
-    kept = keys.argsort(1)[:, :n_kept].sort(1).values
-    slot = torch.full((n_groups, n_blocks), -1, dtype=torch.int64, device=device)
-    slot.scatter_(1, kept, torch.arange(n_kept, device=device).expand(n_groups, n_kept))
+    kept = bits.argsort(1)[:, :n_kept].sort(1).values
+    slot = torch.full((n_groups, n_blocks), -1, dtype=torch.int64, device=bits.device)
+    slot.scatter_(1, kept, torch.arange(n_kept, device=bits.device).expand(n_groups, n_kept))
     note_draw(site, n_blocks, kept)
     return kept, slot
 
@@ -56,17 +53,17 @@ def _check(n_groups: int, n_blocks: int, n_kept: int) -> None:
 
 
 def _fake(
-    n_groups: int, n_blocks: int, n_kept: int, device: torch.device, site: int, instance: int
+    bits: Tensor, n_groups: int, n_blocks: int, n_kept: int, site: int
 ) -> tuple[Tensor, Tensor]:
     _check(n_groups, n_blocks, n_kept)
-    kept = torch.empty(n_groups, n_kept, dtype=torch.int64, device=device)
-    return kept, torch.empty(n_groups, n_blocks, dtype=torch.int64, device=device)
+    kept = bits.new_empty(n_groups, n_kept, dtype=torch.int64)
+    return kept, bits.new_empty(n_groups, n_blocks, dtype=torch.int64)
 
 
 _library: Any = torch.library  # untyped
 _LIB = _library.Library("ardd", "FRAGMENT")
 _LIB.define(
-    "draw_groups(int n_groups, int n_blocks, int n_kept, Device device, int site, int instance)"
+    "draw_groups(Tensor bits, int n_groups, int n_blocks, int n_kept, int site)"
     " -> (Tensor kept, Tensor slot)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
@@ -74,4 +71,4 @@ _LIB.impl("draw_groups", draw, "CompositeExplicitAutograd")
 _library.register_fake("ardd::draw_groups", _fake, lib=_LIB)
 
 draw_groups = torch.ops.ardd.draw_groups.default
-"""``draw_groups(n_groups, n_blocks, n_kept, device, site, instance) -> (kept, slot)``: `draw`."""
+"""``draw_groups(bits, n_groups, n_blocks, n_kept, site) -> (kept, slot)``: `draw`."""

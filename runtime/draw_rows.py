@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .draw_blocks import note_draw
+from .random_bits import below
 
 
 def kept_of(size: int, period: int) -> int:
@@ -16,9 +17,7 @@ def kept_of(size: int, period: int) -> int:
     return max(1, round(size / period))
 
 
-def draw(
-    n_blocks: int, counts: Sequence[int], device: torch.device, site: int, instance: int
-) -> tuple[Tensor, Tensor]:
+def draw(bits: Tensor, n_blocks: int, counts: Sequence[int], site: int) -> tuple[Tensor, Tensor]:
     """Draws groups of blocks that keep one block in ``period`` each, from starts of their own.
 
         group g of period i keeps { g size + (start_g + j i) mod size : 0 <= j < kept_of(size, i) }
@@ -28,15 +27,13 @@ def draw(
     blocks are those of Song et al. 2018, "Approximate Random Dropout",
     https://arxiv.org/abs/1805.08939, (j - start) mod i == 0; with one group the pattern is theirs.
     Elsewhere it is uniform over the group, which is then a ring: every block of a group is kept
-    with probability ``kept_of(size, i) / size`` exactly. Uses torch's default generator of
-    ``device``; never waits for it.
+    with probability ``kept_of(size, i) / size`` exactly. Never waits for the device.
 
     Args:
+        bits: int32 ``[2, groups]``, random: the draw is a function of them.
         n_blocks: Blocks there are.
         counts: Groups of the periods 1, 2, 3, ...; their number divides ``n_blocks``.
-        device: Where to draw and where the results live.
         site: Number of the dropout, for `record_draws`.
-        instance: Differs between the draws of a graph, so that no two are merged into one.
 
     Returns:
         ``kept``, int64 ``[n_kept]``: the blocks kept, ascending. ``slot``, int64 ``[n_blocks]``:
@@ -46,20 +43,22 @@ def draw(
         ValueError: If a count is negative, or the number of groups does not divide ``n_blocks``.
     """
     size = _group_size(n_blocks, counts)
-    order = torch.randperm(sum(counts), device=device) * size
+    # A word for the place of every group, one for its start.
+    order = bits[0].argsort() * size
     parts = []
     done = 0
     for period, count in enumerate(counts, 1):
         if count == 0:
             continue
-        starts = torch.randint(period if size % period == 0 else size, (count, 1), device=device)
-        steps = torch.arange(kept_of(size, period), device=device) * period
+        whole = period if size % period == 0 else size
+        starts = below(bits[1, done : done + count, None], whole)
+        steps = torch.arange(kept_of(size, period), device=bits.device) * period
         within = (starts + steps) % size
         parts.append((order[done : done + count, None] + within).flatten())
         done += count
     kept = torch.cat(parts).sort().values
-    slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=device)
-    slot.scatter_(0, kept, torch.arange(len(kept), device=device))
+    slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=bits.device)
+    slot.scatter_(0, kept, torch.arange(len(kept), device=bits.device))
     note_draw(site, n_blocks, kept)
     return kept, slot
 
@@ -84,22 +83,19 @@ def _group_size(n_blocks: int, counts: Sequence[int]) -> int:
     return n_blocks // groups
 
 
-def _fake(
-    n_blocks: int, counts: Sequence[int], device: torch.device, site: int, instance: int
-) -> tuple[Tensor, Tensor]:
-    kept = torch.empty(kept_in_all(n_blocks, counts), dtype=torch.int64, device=device)
-    return kept, torch.empty(n_blocks, dtype=torch.int64, device=device)
+def _fake(bits: Tensor, n_blocks: int, counts: Sequence[int], site: int) -> tuple[Tensor, Tensor]:
+    kept = bits.new_empty(kept_in_all(n_blocks, counts), dtype=torch.int64)
+    return kept, bits.new_empty(n_blocks, dtype=torch.int64)
 
 
 _library: Any = torch.library  # untyped
 _LIB = _library.Library("ardd", "FRAGMENT")
 _LIB.define(
-    "draw_rows(int n_blocks, int[] counts, Device device, int site, int instance)"
-    " -> (Tensor kept, Tensor slot)",
+    "draw_rows(Tensor bits, int n_blocks, int[] counts, int site) -> (Tensor kept, Tensor slot)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-_LIB.impl("draw_rows", draw, "CompositeExplicitAutograd")  # as no argument is a tensor
+_LIB.impl("draw_rows", draw, "CompositeExplicitAutograd")
 _library.register_fake("ardd::draw_rows", _fake, lib=_LIB)
 
 draw_rows = torch.ops.ardd.draw_rows.default
-"""``draw_rows(n_blocks, counts, device, site, instance) -> (kept, slot)``, see ``draw``."""
+"""``draw_rows(bits, n_blocks, counts, site) -> (kept, slot)``, see ``draw``."""

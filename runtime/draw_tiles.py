@@ -46,15 +46,7 @@ class TileDraw(Draw):
 Tiles = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def draw(
-    n_rows: int,
-    n_columns: int,
-    period: int,
-    n_kept: int,
-    device: torch.device,
-    site: int,
-    instance: int,
-) -> Tiles:
+def draw(bits: Tensor, n_rows: int, n_columns: int, period: int, n_kept: int, site: int) -> Tiles:
     """Draws a permuted block diagonal: ``n_kept`` of every ``period`` tiles in each row and column.
 
     Rows and columns of tiles are dealt into ``period`` classes of equal size, each by a uniform
@@ -65,17 +57,16 @@ def draw(
     Song et al. 2018, "Approximate Random Dropout", https://arxiv.org/abs/1805.08939, keep tile
     (i, j) iff ``(i + j - bias) mod period == 0`` (TDP): there rows i and i + period are always
     dropped alike, and a step has only ``period`` masks to draw from. Dealing costs nothing more:
-    the columns of an input are gathered either way. Uses torch's default generator of ``device``;
-    never waits for it.
+    the columns of an input are gathered either way. Waits for the device only where draws are
+    recorded.
 
     Args:
+        bits: int32 ``[n_rows + n_columns]``, random: the draw is a function of them.
         n_rows: Rows of tiles, a multiple of ``period``.
         n_columns: Columns of tiles, a multiple of ``period``.
         period: Classes there are.
         n_kept: Classes of columns that a row keeps, ``1 <= n_kept <= period``.
-        device: Where to draw and where the results live.
         site: Number of the dropout, for `record_draws`.
-        instance: Differs between the draws of a graph, which else would be merged into one.
 
     Returns:
         ``rows``, int64 ``[(period + n_kept - 1) * n_rows / period]``: the rows by classes, with the
@@ -94,8 +85,7 @@ def draw(
     """
     _check(n_rows, n_columns, period, n_kept)
     tall, wide = n_rows // period, n_columns // period
-    rows = torch.randperm(n_rows, device=device)
-    columns = torch.randperm(n_columns, device=device)
+    rows, columns = bits[:n_rows].argsort(), bits[n_rows:].argsort()
     row_at, column_at = rows.argsort(), columns.argsort()
     start = (row_at // tall * wide).unsqueeze(1)
     place = (column_at - start) % n_columns
@@ -122,20 +112,12 @@ def _check(n_rows: int, n_columns: int, period: int, n_kept: int) -> None:
         )
 
 
-def _fake(
-    n_rows: int,
-    n_columns: int,
-    period: int,
-    n_kept: int,
-    device: torch.device,
-    site: int,
-    instance: int,
-) -> Tiles:
+def _fake(bits: Tensor, n_rows: int, n_columns: int, period: int, n_kept: int, site: int) -> Tiles:
     _check(n_rows, n_columns, period, n_kept)
     classes = period + n_kept - 1
 
     def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.int64, device=device)
+        return bits.new_empty(sizes, dtype=torch.int64)
 
     return (
         empty(classes * (n_rows // period)),
@@ -149,15 +131,12 @@ def _fake(
 _library: Any = torch.library  # untyped
 _LIB = _library.Library("ardd", "FRAGMENT")
 _LIB.define(
-    "draw_tiles(int n_rows, int n_columns, int period, int n_kept, Device device, int site,"
-    " int instance) -> (Tensor rows, Tensor columns, Tensor row_slot, Tensor column_slot,"
-    " Tensor place)",
+    "draw_tiles(Tensor bits, int n_rows, int n_columns, int period, int n_kept, int site)"
+    " -> (Tensor rows, Tensor columns, Tensor row_slot, Tensor column_slot, Tensor place)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-# No argument is a tensor, so that no backend key is set and only this alias key is looked up.
 _LIB.impl("draw_tiles", draw, "CompositeExplicitAutograd")
 _library.register_fake("ardd::draw_tiles", _fake, lib=_LIB)
 
 draw_tiles = torch.ops.ardd.draw_tiles.default
-"""``draw_tiles(n_rows, n_columns, period, n_kept, device, site, instance) -> Tiles``, see ``draw``.
-"""
+"""``draw_tiles(bits, n_rows, n_columns, period, n_kept, site) -> Tiles``, see ``draw``."""

@@ -8,26 +8,24 @@ import torch
 from torch import Tensor
 
 from .draw_blocks import check_counts, fake_draw, note_draw
+from .random_bits import below
 
 
-def draw(
-    n_blocks: int, n_kept: int, device: torch.device, site: int, instance: int
-) -> tuple[Tensor, Tensor]:
+def draw(bits: Tensor, n_blocks: int, n_kept: int, site: int) -> tuple[Tensor, Tensor]:
     """Draws ``n_kept`` neighbours of ``n_blocks`` blocks on a ring, from a uniform start.
 
         kept = {(start + i) mod n_blocks : 0 <= i < n_kept}
 
     The window wraps around, so that every block is kept with probability ``n_kept / n_blocks``
-    exactly. Close blocks are mostly kept together. Uses torch's default generator of ``device``;
-    never waits for it. After Notin et al. 2020, "SliceOut", https://arxiv.org/abs/2007.10909, who
-    keep contiguous slices; that it wraps around is ours.
+    exactly. Close blocks are mostly kept together. Never waits for the device. After Notin et al.
+    2020, "SliceOut", https://arxiv.org/abs/2007.10909, who keep contiguous slices; that it wraps
+    around is ours.
 
     Args:
+        bits: int32 ``[1]``, random: the draw is a function of them.
         n_blocks: Blocks there are.
         n_kept: Blocks to keep, ``0 <= n_kept <= n_blocks``.
-        device: Where to draw and where the results live.
         site: Number of the dropout, for `record_draws`.
-        instance: Differs between the draws of a graph, so that no two are merged into one.
 
     Returns:
         ``kept``, int64 ``[n_kept]``: the blocks kept, ascending. ``slot``, int64 ``[n_blocks]``:
@@ -37,10 +35,10 @@ def draw(
         ValueError: If ``n_kept`` is negative or larger than ``n_blocks``.
     """
     check_counts(n_blocks, n_kept)
-    start = torch.randint(n_blocks, (1,), device=device)
-    places = torch.arange(n_kept, device=device)
+    start = below(bits, n_blocks)
+    places = torch.arange(n_kept, device=bits.device)
     kept = ((start + places) % n_blocks).sort().values
-    slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=device)
+    slot = torch.full((n_blocks,), -1, dtype=torch.int64, device=bits.device)
     slot.scatter_(0, kept, places)
     note_draw(site, n_blocks, kept)
     return kept, slot
@@ -49,12 +47,11 @@ def draw(
 _library: Any = torch.library  # untyped
 _LIB = _library.Library("ardd", "FRAGMENT")
 _LIB.define(
-    "draw_window(int n_blocks, int n_kept, Device device, int site, int instance)"
-    " -> (Tensor kept, Tensor slot)",
+    "draw_window(Tensor bits, int n_blocks, int n_kept, int site) -> (Tensor kept, Tensor slot)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-_LIB.impl("draw_window", draw, "CompositeExplicitAutograd")  # as no argument is a tensor
+_LIB.impl("draw_window", draw, "CompositeExplicitAutograd")
 _library.register_fake("ardd::draw_window", fake_draw, lib=_LIB)
 
 draw_window = torch.ops.ardd.draw_window.default
-"""``draw_window(n_blocks, n_kept, device, site, instance) -> (kept, slot)``, see ``draw``."""
+"""``draw_window(bits, n_blocks, n_kept, site) -> (kept, slot)``, see ``draw``."""

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import ardd
-from ardd.passes.kept_sets import DRAWS
+from ardd.passes.kept_sets import DRAWS, bits_needed
 from ardd.runtime.draw_groups import draw_groups
+from ardd.runtime.draw_seeds import draw_seeds
+from ardd.runtime.random_bits import bits_like, threshold_of
 
 # name -> the dimensions that share a draw, given the number of dimensions
 DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
@@ -31,6 +33,8 @@ DROPOUTS: Mapping[Any, Callable[[int], Sequence[int]]] = {
 }
 
 RNNS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+_NOT_MARKED = (ardd.Reason.P_IS_ONE, ardd.Reason.HAND_MASK, ardd.Reason.INSIDE_SDPA)
 
 # How far a result may be from the reference, relative to the largest number in it. The same sums
 # are taken in another order, over up to a few thousand terms: some 1e-13 and 1e-4 was seen.
@@ -45,7 +49,7 @@ class Replay(TorchFunctionMode):
 
     Args:
         decisions: those on the one graph that was compiled.
-        draws: what the run drew, from `ardd.record_masks`.
+        draws: what the run drew, from `ardd.record_masks`; random masks come of the seed.
         seed: the seed before the run.
     """
 
@@ -58,15 +62,18 @@ class Replay(TorchFunctionMode):
         self.count = 0
         """Dropouts seen so far."""
         torch.manual_seed(seed)
-        for instance, draw in enumerate(draws):  # every draw of a graph stands at its beginning
+        marked = [d.site for d in decisions if d.reason not in _NOT_MARKED]
+        seeds = draw_seeds(len(marked), torch.device("cpu")) if marked else []
+        self._seeds = dict(zip(marked, seeds, strict=True))
+        for draw in draws:
             pattern = self._decisions[draw.site].pattern
-            if pattern == "row":  # how it was drawn is not recorded; no other draw may follow
-                assert all(decision.taken for decision in decisions)
-                break
+            if pattern == "row":
+                continue  # how many groups have each period is not recorded
             *groups, n_kept = draw.kept.shape
             op = draw_groups if groups else DRAWS[pattern]
             sizes = (*groups, draw.n_blocks, n_kept)
-            kept, _ = op(*sizes, torch.device("cpu"), draw.site, instance)
+            bits = bits_like(self._seeds[draw.site], bits_needed(pattern, sizes))
+            kept, _ = op(bits, *sizes, draw.site)
             assert torch.equal(kept, draw.kept)
 
     def __torch_function__(
@@ -126,9 +133,8 @@ class Replay(TorchFunctionMode):
         if decision.reason is ardd.Reason.P_IS_ONE:
             return torch.zeros_like(x)
         if not decision.taken:
-            dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-            mask = (torch.rand(sizes, dtype=dtype) > decision.p).to(x.dtype)
-            return mask / (1 - decision.p)
+            bits = bits_like(self._seeds[decision.site], sizes)
+            return (bits >= threshold_of(decision.p)).to(x.dtype) / (1 - decision.p)
         if decision.pattern == "row" and decision.site not in self._kept:
             return torch.ones_like(x)  # the plan that was drawn keeps everything
         draw = self._kept[decision.site]

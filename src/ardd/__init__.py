@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .backends.set_rate import set_rate
-from .core.decisions import Decision, Reason
+from .core.decisions import Decision, Reason, Role
 from .core.errors import (
     ArddError,
     BudgetError,
@@ -52,6 +52,7 @@ __all__ = [
     "Reason",
     "RedrawError",
     "Report",
+    "Role",
     "SaveReason",
     "SavedTensor",
     "TileDraw",

@@ -99,6 +99,84 @@ def test_shared_dims_are_those_that_torch_shares(spelling: str) -> None:
             assert shared == (dim in shared_dims)
 
 
+def alpha_inplace(x: Tensor) -> Tensor:
+    y = x.clone()
+    F.alpha_dropout(y, 0.3, True, inplace=True)
+    return y
+
+
+def alpha_channels_inplace(x: Tensor) -> Tensor:
+    y = x.clone()
+    torch.feature_alpha_dropout_(y, 0.3, True)
+    return y
+
+
+ALPHA: dict[str, tuple[Call, tuple[int, ...], list[int]]] = {
+    "alpha_dropout": (lambda x: F.alpha_dropout(x, 0.3, True), (4, 6), []),
+    "alpha_dropout, positional": (lambda x: F.alpha_dropout(x, 0.3, True, False), (4, 6), []),
+    "alpha_dropout, default p": (lambda x: F.alpha_dropout(x, training=True), (4, 6), []),
+    "alpha_dropout of torch": (lambda x: torch.alpha_dropout(x, 0.3, True), (4, 6), []),
+    "alpha_dropout, train=": (lambda x: torch.alpha_dropout(x, p=0.3, train=True), (4, 6), []),
+    "alpha_dropout, module": (nn.AlphaDropout(0.3), (4, 6), []),
+    "alpha_dropout, inplace=": (alpha_inplace, (4, 6), []),
+    "alpha_dropout, _": (lambda x: torch.alpha_dropout_(x.clone(), 0.3, True), (4, 6), []),
+    "alpha_dropout, scalar": (lambda x: F.alpha_dropout(x, 0.3, True), (), []),
+    "feature_alpha_dropout": (
+        lambda x: F.feature_alpha_dropout(x, 0.3, training=True),
+        (4, 6, 2, 3),
+        [2, 3],
+    ),
+    "feature_alpha_dropout of torch": (
+        lambda x: torch.feature_alpha_dropout(x, 0.3, True),
+        (4, 6, 5),
+        [2],
+    ),
+    "feature_alpha_dropout, module": (nn.FeatureAlphaDropout(0.3), (4, 6, 5), [2]),
+    "feature_alpha_dropout, _": (alpha_channels_inplace, (4, 6, 5), [2]),
+}
+SATURATION = -1.7580993408473766  # of SELU
+
+
+@pytest.mark.parametrize("spelling", ALPHA)
+def test_marks_alpha_dropout(spelling: str) -> None:
+    """A mask of zeros and ones; what is dropped saturates, and the rest is scaled and shifted."""
+    f, shape, shared_dims = ALPHA[spelling]
+    x = data(*shape)
+    marked = mark(f, x)
+    p = 0.5 if "default" in spelling else 0.3
+    kind = spelling.split(",")[0].split()[0]
+    assert (marked.site.kind, marked.site.p, marked.site.mean) == (kind, p, 1 - p)
+    assert marked.result.decisions == ()
+    assert not random_calls(marked.gm)
+    (marker,) = marked.markers()
+    assert marker.args[1:] == (shared_dims, p, 1 - p, 0)
+    masks = give_masks(marked.gm)
+    y = marked.run()
+    assert masks[0].shape == tuple(1 if d in shared_dims else n for d, n in enumerate(shape))
+    a = 1 / math.sqrt((1 - p) * (1 + p * SATURATION**2))
+    expected = a * torch.where(masks[0] == 0, SATURATION, x) - a * p * SATURATION
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("spelling", ALPHA)
+def test_alpha_values_are_those_of_torch(spelling: str) -> None:
+    """Where torch keeps and where it drops, the numbers are ours."""
+    f, shape, shared_dims = ALPHA[spelling]
+    p = 0.5 if "default" in spelling else 0.3
+    x = data(*shape)
+    a = 1 / math.sqrt((1 - p) * (1 + p * SATURATION**2))
+    kept, dropped = a * x - a * p * SATURATION, a * (1 - p) * SATURATION
+    zeros = []
+    for _ in range(20):
+        y = f(x)
+        zeros.append((y - dropped).abs() < 1e-5)
+        torch.testing.assert_close(y, torch.where(zeros[-1], dropped, kept))
+    for dim, size in enumerate(shape):
+        if size > 1:
+            shared = all(torch.equal(z.any(dim), z.all(dim)) for z in zeros)
+            assert shared == (dim in shared_dims)
+
+
 OFF: dict[str, Call] = {
     "training=False": lambda x: F.dropout(x, 0.5, False),
     "training= by name": lambda x: F.dropout1d(x, p=0.5, training=False),
@@ -121,17 +199,7 @@ SDPA = F.scaled_dot_product_attention
 LEFT: dict[str, tuple[Call, Reason, float]] = {
     "dropout": (lambda x: F.dropout(x, 1.0), Reason.P_IS_ONE, 1),
     "dropout1d": (lambda x: F.dropout1d(x, 1), Reason.P_IS_ONE, 1),
-    "alpha_dropout": (lambda x: F.alpha_dropout(x, 0.2, True), Reason.ALPHA_DROPOUT, 0.2),
-    "alpha_dropout of torch": (
-        lambda x: torch.alpha_dropout(x, 0.2, True),
-        Reason.ALPHA_DROPOUT,
-        0.2,
-    ),
-    "feature_alpha_dropout": (
-        lambda x: F.feature_alpha_dropout(x, 0.2, training=True),
-        Reason.ALPHA_DROPOUT,
-        0.2,
-    ),
+    "alpha_dropout": (lambda x: F.alpha_dropout(x, 1.0, True), Reason.P_IS_ONE, 1),
     "scaled_dot_product_attention": (
         lambda x: SDPA(x, x, x, dropout_p=0.2),
         Reason.INSIDE_SDPA,
@@ -194,7 +262,14 @@ def test_symbolic_sizes() -> None:
         return F.alpha_dropout(x, 0.1, True)
 
     marked = mark(f, data(5, 6, 2, 2), dynamic=True)
-    assert [site.kind for site in marked.result.sites] == ["dropout2d", "rand", "rand_like"]
+    kinds = [site.kind for site in marked.result.sites]
+    assert kinds == ["dropout2d", "rand", "rand_like", "alpha_dropout"]
+    assert marked.result.decisions == ()
+
+
+def test_symbolic_sizes_of_what_is_left_alone() -> None:
+    marked = mark(lambda x: F.dropout(x, 1.0), data(5, 6, 2, 2), dynamic=True)
+    assert not marked.result.modified
     assert all(isinstance(size, str) for size in marked.decision.shape)
 
 
@@ -401,7 +476,7 @@ def test_leaves_branches_alone() -> None:
     assert reasons == [
         ("dropout", Reason.SUBGRAPH),
         ("rand_like", Reason.SUBGRAPH),
-        ("alpha_dropout", Reason.ALPHA_DROPOUT),
+        ("alpha_dropout", Reason.SUBGRAPH),
     ]
 
 
@@ -429,14 +504,19 @@ def test_gradients_are_those_of_the_masked_program() -> None:
 def test_numbers_run_through_sites_and_decisions() -> None:
     def f(x: Tensor) -> Tensor:
         x = F.dropout(x, 0.1)
-        x = F.alpha_dropout(x, 0.2, True)
+        x = F.dropout(x, 1.0)
         x = F.dropout(x, 0.0)
         x = x * (torch.rand_like(x) < 0.7)
-        return F.dropout(x, 1.0)
+        x = F.alpha_dropout(x, 0.2, True)
+        return F.alpha_dropout(x, 1.0, True)
 
     result = mark(f, data(3, 8)).result
-    assert [(site.index, site.kind) for site in result.sites] == [(0, "dropout"), (2, "rand_like")]
-    assert [(d.site, d.kind) for d in result.decisions] == [(1, "alpha_dropout"), (3, "dropout")]
+    assert [(site.index, site.kind) for site in result.sites] == [
+        (0, "dropout"),
+        (2, "rand_like"),
+        (3, "alpha_dropout"),
+    ]
+    assert [(d.site, d.kind) for d in result.decisions] == [(1, "dropout"), (4, "alpha_dropout")]
 
 
 def test_marking_twice_changes_nothing() -> None:

@@ -10,13 +10,13 @@ import torch
 from tests.passes.tracing import check_values, mask, site, targets, trace
 from torch import Tensor, fx
 
-from ardd.core.decisions import Decision, Reason
+from ardd.core.decisions import Decision, Reason, Role
 from ardd.core.options import Options
 from ardd.passes.sites import Site
 from ardd.passes.structure_dropout import StructureDropout, StructureResult
 
 BLOCK = Options(pattern="block")
-X, W = torch.randn(6, 16), torch.randn(16, 32)
+X, W, V = torch.randn(6, 16), torch.randn(16, 32), torch.randn(32, 5)
 
 
 def apply(gm: fx.GraphModule, *sites: Site, options: Options = BLOCK) -> StructureResult:
@@ -47,12 +47,17 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     return h * mask(h)
 
 
+def hidden(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    h = x @ w
+    return (h * mask(h)) @ v
+
+
 def test_a_dropped_product_is_cut() -> None:
     ops, (decision,) = run(linear, X, W)
     assert decision.taken
     assert (decision.dim, decision.p_used, decision.shape) == (1, 0.5, (6, 32))
     assert (decision.flops_before, decision.flops_after) == (2 * 6 * 16 * 32, 6 * 16 * 32)
-    assert ops[0] == "ardd.draw_blocks"
+    assert ops.index("ardd.draw_blocks") < ops.index("aten.mm")
     assert "aten.bernoulli" not in ops
 
 
@@ -68,7 +73,7 @@ def test_no_product() -> None:
     """A softmax reads every feature: nothing to leave out."""
     ops, (decision,) = run(lambda x: (x * mask(x)).softmax(-1), X)
     assert refused(decision) is Reason.NO_PRODUCT
-    assert "aten.rand" in ops
+    assert "aten.ge.Scalar" in ops
     assert "ardd.draw_blocks" not in ops
 
 
@@ -135,7 +140,7 @@ def test_pattern_random() -> None:
     """The user asks for ordinary masks."""
     ops, (decision,) = run(linear, X, W, options=Options(pattern="random"))
     assert refused(decision) is Reason.PATTERN_RANDOM
-    assert "aten.rand" in ops
+    assert "aten.ge.Scalar" in ops
 
 
 def test_out_of_fuel() -> None:
@@ -172,9 +177,52 @@ def test_unused() -> None:
 
 def test_not_worth_it() -> None:
     """A product this small costs less than the gather that would shrink it."""
-    _, (decision,) = run(linear, X, W, options=Options())
+    _, (decision,) = run(hidden, X, W, V, options=Options())
+    assert decision.role is Role.HIDDEN
     assert refused(decision) is Reason.NOT_WORTH_IT
     assert decision.detail
+
+
+def test_quality() -> None:
+    """No product reads what is dropped: with a mask that samples share it trains worse."""
+    ops, (decision,) = run(linear, X, W, options=Options())
+    assert decision.role is Role.OUTPUT
+    assert refused(decision) is Reason.QUALITY
+    assert "ardd.draw_blocks" not in ops
+
+
+def test_quality_is_asked_of_auto_alone() -> None:
+    """Whoever names a pattern gets it, whatever the role."""
+    _, (decision,) = run(linear, X, W)
+    assert decision.role is Role.OUTPUT
+    assert decision.reason is Reason.STRUCTURED
+
+
+def test_not_chosen() -> None:
+    """The user names roles, and this is none of them."""
+    options = Options(pattern="block", structure=("hidden",))
+    ops, (decision,) = run(linear, X, W, options=options)
+    assert refused(decision) is Reason.NOT_CHOSEN
+    assert "ardd.draw_blocks" not in ops
+    _, (decision,) = run(hidden, X, W, V, options=options)
+    assert decision.reason is Reason.STRUCTURED
+
+
+def test_no_product_is_said_first() -> None:
+    """What no product could be shrunk for is not a matter of quality or of choice."""
+    for options in (Options(), Options(pattern="block", structure=("hidden",))):
+        _, (decision,) = run(lambda x: (x * mask(x)).softmax(-1), X, options=options)
+        assert refused(decision) is Reason.NO_PRODUCT
+
+
+def test_fallback_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks are those of eager mode: auto structures nothing, a pattern still does."""
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    ops, (decision,) = run(hidden, X, W, V, options=Options())
+    assert refused(decision) is Reason.FALLBACK_RANDOM
+    assert "aten.bernoulli.p" in ops
+    _, (decision,) = run(hidden, X, W, V)
+    assert decision.reason is Reason.STRUCTURED
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

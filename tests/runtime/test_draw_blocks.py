@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from ardd.runtime.draw_blocks import draw_blocks, record_draws
+from ardd.runtime.draw_seeds import draw_seeds
+from ardd.runtime.random_bits import bits_like
 
 CPU = torch.device("cpu")
 DRAWS = 10_000
 
 
-def draw(n: int, k: int, site: int = 0, instance: int = 0) -> tuple[Tensor, Tensor]:
-    kept, slot = draw_blocks(n, k, CPU, site, instance)
+def bits(*sizes: int, device: torch.device = CPU) -> Tensor:
+    """Draws a seed and hashes it, so that the distributions below are those of the hash as well."""
+    return bits_like(draw_seeds(1, device)[0], sizes)
+
+
+def draw(n: int, k: int, site: int = 0) -> tuple[Tensor, Tensor]:
+    kept, slot = draw_blocks(bits(n), n, k, site)
     return kept, slot
 
 
@@ -90,12 +97,12 @@ def test_recorders_receive_draws_in_order() -> None:
 
 
 def test_draws_of_a_compiled_graph_are_seen_and_not_merged() -> None:
-    """Two draws that differ in the instance only are two draws."""
+    """Two draws of the same sizes are two: no pass merges the draws of their seeds."""
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled() -> tuple[Tensor, Tensor]:
-        first, _ = draw_blocks(64, 32, CPU, 1, 0)
-        second, _ = draw_blocks(64, 32, CPU, 1, 1)
+        first, _ = draw_blocks(bits(64), 64, 32, 1)
+        second, _ = draw_blocks(bits(64), 64, 32, 1)
         return first, second
 
     with record_draws() as draws:
@@ -108,7 +115,7 @@ def test_draws_of_a_compiled_graph_are_seen_and_not_merged() -> None:
 
 def test_opcheck() -> None:
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(draw_blocks, (8, 3, CPU, 0, 0), test_utils=utils)
+    torch.library.opcheck(draw_blocks, (bits(8), 8, 3, 0), test_utils=utils)
 
 
 def test_the_op_is_known_to_be_random() -> None:
@@ -118,10 +125,10 @@ def test_the_op_is_known_to_be_random() -> None:
 @pytest.mark.cuda
 def test_drawing_on_a_gpu_does_not_wait_for_it() -> None:
     device = torch.device("cuda")
-    draw_blocks(256, 100, device, 0, 0)
+    draw_blocks(bits(256, device=device), 256, 100, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kept, slot = draw_blocks(256, 100, device, 0, 0)
+        kept, slot = draw_blocks(bits(256, device=device), 256, 100, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert kept.device.type == slot.device.type == "cuda"

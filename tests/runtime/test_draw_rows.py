@@ -11,13 +11,20 @@ from torch import Tensor
 
 from ardd.runtime.draw_blocks import record_draws
 from ardd.runtime.draw_rows import draw_rows, kept_in_all, kept_of
+from ardd.runtime.draw_seeds import draw_seeds
+from ardd.runtime.random_bits import bits_like
 
 CPU = torch.device("cpu")
 DRAWS = 10_000
 
 
-def draw(n: int, counts: Sequence[int], site: int = 0, instance: int = 0) -> tuple[Tensor, Tensor]:
-    kept, slot = draw_rows(n, list(counts), CPU, site, instance)
+def bits(*sizes: int, device: torch.device = CPU) -> Tensor:
+    """Draws a seed and hashes it, so that the distributions below are those of the hash as well."""
+    return bits_like(draw_seeds(1, device)[0], sizes)
+
+
+def draw(n: int, counts: Sequence[int], site: int = 0) -> tuple[Tensor, Tensor]:
+    kept, slot = draw_rows(bits(2, sum(counts)), n, list(counts), site)
     return kept, slot
 
 
@@ -96,8 +103,8 @@ def test_the_default_generator_decides() -> None:
 def test_draws_of_a_compiled_graph_are_recorded_and_not_merged() -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled() -> tuple[Tensor, Tensor]:
-        first, _ = draw_rows(64, [1, 6, 1], CPU, 1, 0)
-        second, _ = draw_rows(64, [1, 6, 1], CPU, 1, 1)
+        first, _ = draw_rows(bits(2, 8), 64, [1, 6, 1], 1)
+        second, _ = draw_rows(bits(2, 8), 64, [1, 6, 1], 1)
         return first, second
 
     with record_draws() as draws:
@@ -110,17 +117,17 @@ def test_draws_of_a_compiled_graph_are_recorded_and_not_merged() -> None:
 
 def test_the_op_is_what_torch_is_told() -> None:
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(draw_rows, (48, [1, 2, 0, 3], CPU, 0, 0), test_utils=utils)
+    torch.library.opcheck(draw_rows, (bits(2, 6), 48, [1, 2, 0, 3], 0), test_utils=utils)
     assert torch.Tag.nondeterministic_seeded in draw_rows.tags
 
 
 @pytest.mark.cuda
 def test_drawing_on_a_gpu_does_not_wait_for_it() -> None:
     device = torch.device("cuda")
-    draw_rows(256, [4, 20, 8], device, 0, 0)
+    draw_rows(bits(2, 32, device=device), 256, [4, 20, 8], 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kept, slot = draw_rows(256, [4, 20, 8], device, 0, 0)
+        kept, slot = draw_rows(bits(2, 32, device=device), 256, [4, 20, 8], 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert slot[kept].tolist() == list(range(len(kept)))

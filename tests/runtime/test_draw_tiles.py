@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 
 from ardd.runtime.draw_blocks import record_draws
+from ardd.runtime.draw_seeds import draw_seeds
 from ardd.runtime.draw_tiles import TileDraw, draw_tiles
+from ardd.runtime.random_bits import bits_like
 
 CPU = torch.device("cpu")
 DRAWS = 10_000
 SHAPES = [(4, 4, 2, 1), (8, 4, 4, 1), (6, 12, 3, 2), (10, 10, 10, 7), (5, 5, 5, 5), (1, 2, 1, 1)]
 
 
+def bits(*sizes: int, device: torch.device = CPU) -> Tensor:
+    """Draws a seed and hashes it, so that the distributions below are those of the hash as well."""
+    return bits_like(draw_seeds(1, device)[0], sizes)
+
+
 def draw(
-    rows: int, columns: int, period: int, kept: int, site: int = 0, instance: int = 0
+    rows: int, columns: int, period: int, kept: int, site: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     drawn: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    drawn = draw_tiles(rows, columns, period, kept, CPU, site, instance)
+    drawn = draw_tiles(bits(rows + columns), rows, columns, period, kept, site)
     return drawn
 
 
@@ -114,14 +121,14 @@ def test_a_recorded_draw_gives_the_mask() -> None:
 
 
 def test_draws_of_a_compiled_graph_are_not_merged() -> None:
-    """Two draws that differ in the instance only are two draws."""
+    """Two draws of the same sizes are two: no pass merges the draws of their seeds."""
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled() -> tuple[Tensor, Tensor]:
         sizes = 16, 16, 4, 1
         return (
-            draw_tiles(*sizes, CPU, 1, 0)[4],
-            draw_tiles(*sizes, CPU, 1, 1)[4],
+            draw_tiles(bits(32), *sizes, 1)[4],
+            draw_tiles(bits(32), *sizes, 1)[4],
         )
 
     first, second = compiled()
@@ -130,8 +137,8 @@ def test_draws_of_a_compiled_graph_are_not_merged() -> None:
 
 def test_opcheck() -> None:
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(draw_tiles, (4, 6, 2, 1, CPU, 0, 0), test_utils=utils)
-    torch.library.opcheck(draw_tiles, (6, 9, 3, 2, CPU, 0, 0), test_utils=utils)
+    torch.library.opcheck(draw_tiles, (bits(10), 4, 6, 2, 1, 0), test_utils=utils)
+    torch.library.opcheck(draw_tiles, (bits(15), 6, 9, 3, 2, 0), test_utils=utils)
 
 
 def test_the_op_is_known_to_be_random() -> None:
@@ -141,10 +148,10 @@ def test_the_op_is_known_to_be_random() -> None:
 @pytest.mark.cuda
 def test_drawing_on_a_gpu_does_not_wait_for_it() -> None:
     device = torch.device("cuda")
-    draw_tiles(64, 64, 4, 1, device, 0, 0)
+    draw_tiles(bits(128, device=device), 64, 64, 4, 1, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        drawn = draw_tiles(64, 64, 4, 1, device, 0, 0)
+        drawn = draw_tiles(bits(128, device=device), 64, 64, 4, 1, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert {part.device.type for part in drawn} == {"cuda"}

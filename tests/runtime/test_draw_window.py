@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from ardd.runtime.draw_blocks import record_draws
+from ardd.runtime.draw_seeds import draw_seeds
 from ardd.runtime.draw_window import draw_window
+from ardd.runtime.random_bits import bits_like
 
 CPU = torch.device("cpu")
 DRAWS = 10_000
 
 
-def draw(n: int, k: int, site: int = 0, instance: int = 0) -> tuple[Tensor, Tensor]:
-    kept, slot = draw_window(n, k, CPU, site, instance)
+def bits(*sizes: int, device: torch.device = CPU) -> Tensor:
+    """Draws a seed and hashes it, so that the distributions below are those of the hash as well."""
+    return bits_like(draw_seeds(1, device)[0], sizes)
+
+
+def draw(n: int, k: int, site: int = 0) -> tuple[Tensor, Tensor]:
+    kept, slot = draw_window(bits(1), n, k, site)
     return kept, slot
 
 
@@ -66,7 +73,7 @@ def test_the_default_generator_decides() -> None:
 def test_draws_of_a_compiled_graph_are_recorded_and_not_merged() -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled() -> tuple[Tensor, Tensor]:
-        return draw_window(64, 32, CPU, 1, 0)[0], draw_window(64, 32, CPU, 1, 1)[0]
+        return draw_window(bits(1), 64, 32, 1)[0], draw_window(bits(1), 64, 32, 1)[0]
 
     with record_draws() as draws:
         first, second = compiled()
@@ -78,17 +85,17 @@ def test_draws_of_a_compiled_graph_are_recorded_and_not_merged() -> None:
 
 def test_the_op_is_what_torch_is_told() -> None:
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(draw_window, (8, 3, CPU, 0, 0), test_utils=utils)
+    torch.library.opcheck(draw_window, (bits(1), 8, 3, 0), test_utils=utils)
     assert torch.Tag.nondeterministic_seeded in draw_window.tags
 
 
 @pytest.mark.cuda
 def test_drawing_on_a_gpu_does_not_wait_for_it() -> None:
     device = torch.device("cuda")
-    draw_window(256, 100, device, 0, 0)
+    draw_window(bits(1, device=device), 256, 100, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kept, slot = draw_window(256, 100, device, 0, 0)
+        kept, slot = draw_window(bits(1, device=device), 256, 100, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert slot[kept].tolist() == list(range(100))

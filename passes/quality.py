@@ -1,0 +1,41 @@
+"""Which dropouts "auto" may structure: those whose structured masks train as well as ordinary ones.
+
+A structured mask is shared by all samples of a batch, or by a part of them. Whether that costs
+quality depends on the role of the dropout, not on its size: what is dropped between two products
+trains as well, what is dropped on a residual stream does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from ..core.decisions import Reason, Role
+from ..core.options import Options
+
+HIGHEST_RATES: Final[Mapping[Role, float]] = {
+    # benchmarks/results/quality_kinds_cpu_202611.md, rows "hidden" of the MLP and the encoders.
+    Role.HIDDEN: 0.8,
+    # The same, rows of the LSTM.
+    Role.RNN_INPUT: 0.8,
+    Role.RNN_BETWEEN: 0.8,
+    Role.RNN_OUTPUT: 0.8,
+    # benchmarks/results/quality_dropconnect_cpu_202611.md.
+    Role.WEIGHT: 0.8,
+}
+"""By role, the highest rate that "auto" structures, with the measurement that it rests on."""
+
+
+def left_random(role: Role, p: float, options: Options) -> Reason | None:
+    """Returns why a dropout stays random whatever it would save, None if it need not.
+
+    Args:
+        role: What it does in its network.
+        p: Its rate.
+        options: What the user asked for.
+    """
+    if options.structure != "auto":
+        return None if role.value in options.structure else Reason.NOT_CHOSEN
+    if options.pattern == "auto" and p > HIGHEST_RATES.get(role, 0.0):
+        return Reason.QUALITY
+    return None
