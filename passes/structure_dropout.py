@@ -17,6 +17,7 @@ from .cost_model import find_cost_model
 from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
+from .match_dropout_calls import ATTENTION
 from .meet_budget import allowed_flops, meet_budget
 from .plan_groups import GROUPS, HIGH_RATE, GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
@@ -231,6 +232,8 @@ class StructureDropout:
             return Reason.P_ROUNDS_TO_ZERO
         if not mask.users:
             return Reason.UNUSED
+        if self._site(mask).kind in ATTENTION:
+            return Reason.NO_PRODUCT  # it is over pairs of positions, whatever is multiplied
         if not support.masks[mask]:
             fixed = all(isinstance(size, int) for size in shape_of(mask))
             return Reason.SHAPE if fixed else Reason.DYNAMIC_DIM
