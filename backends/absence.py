@@ -237,6 +237,17 @@ class _Absence:
             "nn.MultiheadAttention with need_weights=False) and runs as without ardd; to have it "
             "structured, write the attention out with softmax, dropout and matmul",
         )
+        kind = "scaled_dot_product_attention"
+        written_out = [d.module for d in self.decisions if d.kind == kind]
+        self._settle(
+            [
+                holder
+                for holder in self.missing
+                if any(path.rpartition(".")[0] in written_out for path in holder.paths)
+            ],
+            f"its rate is an argument of {kind}, which has a row with the path of the module "
+            "around it",
+        )
 
     def not_captured(self) -> None:
         """The rest: the graphs broke, the module did not run, or nothing did."""

@@ -24,10 +24,13 @@ from ..core.errors import (
     RedrawError,
 )
 from ..core.options import Options
+from ..passes.attention_calls import keep_autocast
 from ..passes.cost_model import find_cost_model
 from ..passes.cut_graphs import size_hint
 from ..passes.mark_dropout import MarkDropout
+from ..passes.open_multi_head import OpenMultiHead
 from ..passes.split_rnns import SplitRnns, loses_dropout
+from ..passes.write_out_attention import WriteOutAttention
 from .compilation import Compilation
 from .find_suspects import find_suspects
 from .no_redraw import no_redraw
@@ -146,12 +149,17 @@ def compile_marked(
             raise failure from cause
         return _run_original(original, inputs, compilation, target, failure)
     marked = copy_graph_module(original)
+    running = OpenMultiHead.name
     try:
+        OpenMultiHead().apply(marked)
+        running = WriteOutAttention.name
+        WriteOutAttention().apply(marked)
+        running = MarkDropout.name
         result = MarkDropout().apply(marked)
     except Exception as cause:
         compilation.found = find_suspects(original)
         with no_redraw(original):
-            failure = PassError(MarkDropout.name, cause)
+            failure = PassError(running, cause)
             return _run_original(original, inputs, compilation, target, failure)
     compilation.found = result.decisions
     compilation.sites = result.sites
@@ -164,7 +172,8 @@ def compile_marked(
         compilation.parameters = [i for i in indices if isinstance(inputs[i], torch.nn.Parameter)]
         compilation.hints = [size_hint(x) for x in inputs if isinstance(x, torch.SymInt)]
         try:
-            return target(marked, inputs, compilation)
+            with keep_autocast():
+                return target(marked, inputs, compilation)
         except BudgetError:
             raise
         except (RestartAnalysis, SkipFrame):

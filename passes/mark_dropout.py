@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import torch
 from torch import fx
 from torch.nn import Parameter
 
 from ..core.decisions import Decision, PassResult, Reason
+from .attention_calls import INLINED
 from .dynamo_nodes import FACTORIES, op_name, tensor_of
 from .match_dropout_calls import DRAWS as CALLS
 from .match_dropout_calls import DropoutCall, LeftAlone, match_dropout_call
@@ -20,15 +21,6 @@ from .prove_mask_uses import prove_mask_uses
 from .random_masks import keeps_eager_masks
 from .rewrite_hand_mask import insert_marker, rewrite_hand_mask
 from .sites import Site, module_path, source_line, source_name, static_shape
-
-# Higher-order ops whose bodies AOTAutograd inlines, and the position of the body. The bodies of
-# all others stay graphs of their own, where the later passes do not look.
-_INLINED: Final = {
-    "tag_activation_checkpoint": 0,
-    "wrap": 0,
-    "wrap_with_set_grad_enabled": 1,
-    "wrap_with_autocast": 4,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +111,7 @@ class _Marking:
     def _mark_bodies(
         self, gm: fx.GraphModule, node: fx.Node, weights: frozenset[fx.Node], inlined: bool
     ) -> None:
-        at = _INLINED.get(str(getattr(node.target, "_name", "")))
+        at = INLINED.get(str(getattr(node.target, "_name", "")))
         for index, arg in enumerate(node.args):
             if not isinstance(arg, fx.Node) or arg.op != "get_attr":
                 continue

@@ -66,6 +66,7 @@ ALPHA_KINDS: Final = frozenset(name.rstrip("_") for name in _ALPHA)
 """What the report calls alpha dropouts."""
 WRITTEN_AS: Final = "ardd_written_as"
 """Where a node says what the user wrote, if it is not the user's own call."""
+ATTENTION: Final = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 RNNS: Final = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 DRAWS: Final = frozenset((*_DROPOUTS, *_ALPHA))
 """Names of the functions matched here whose result is random."""
@@ -141,7 +142,9 @@ def _match_sdpa(node: fx.Node) -> LeftAlone | None:
     p = argument(node, 4, "dropout_p", 0.0)
     query = static_shape(tensor_of(argument(node, 0, "query")))
     key = static_shape(tensor_of(argument(node, 1, "key")))
-    return _left_inside(node, op_name(node), p, (*query[:-1], *key[-2:-1]), Reason.INSIDE_SDPA)
+    kind = str(node.meta.get(WRITTEN_AS, op_name(node)))
+    reason = Reason.P_IS_ONE if p == 1 else Reason.INSIDE_SDPA
+    return _left_inside(node, kind, p, (*query[:-1], *key[-2:-1]), reason)
 
 
 def _match_multi_head_attention(node: fx.Node) -> LeftAlone | None:
@@ -152,7 +155,8 @@ def _match_multi_head_attention(node: fx.Node) -> LeftAlone | None:
     batch = query[1:-1]
     shape = (*batch, argument(node, 4, "num_heads"), *query[:1], *key[:1])
     p = argument(node, 10, "dropout_p", 0.0)
-    return _left_inside(node, op_name(node), p, shape, Reason.INSIDE_SDPA)
+    reason = Reason.P_IS_ONE if p == 1 else Reason.INSIDE_SDPA
+    return _left_inside(node, op_name(node), p, shape, reason)
 
 
 def _match_rnn(node: fx.Node, name: str) -> LeftAlone | None:

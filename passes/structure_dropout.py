@@ -18,7 +18,7 @@ from .defer_dropout import can_defer, defer_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
 from .find_roles import find_roles
-from .match_dropout_calls import ALPHA_KINDS
+from .match_dropout_calls import ALPHA_KINDS, ATTENTION
 from .meet_budget import allowed_flops, meet_budget
 from .plan_groups import GROUPS, HIGH_RATE, GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
@@ -269,6 +269,8 @@ class StructureDropout:
             return Reason.UNUSED
         if self._site(mask).kind in ALPHA_KINDS:
             return Reason.ALPHA_DROPOUT
+        if self._site(mask).kind in ATTENTION:
+            return Reason.NO_PRODUCT  # it is over pairs of positions, whatever is multiplied
         if not support.masks[mask]:
             fixed = all(isinstance(size, int) for size in shape_of(mask))
             return Reason.SHAPE if fixed else Reason.DYNAMIC_DIM

@@ -83,6 +83,8 @@ class Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in RNNS:
             return self._rnn(func, *args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            return self._attention(*args, **kwargs)
         if func not in DROPOUTS:
             return func(*args, **kwargs)
         x, p, training, inplace = _arguments(*args, **kwargs)
@@ -90,6 +92,29 @@ class Replay(TorchFunctionMode):
             return x
         mask = self._next_mask(x, DROPOUTS[func](x.dim()))
         return x.mul_(mask) if inplace else x * mask
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Runs attention by torch's own plain maths, with what it dropped."""
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(
+                ~attn_mask, -torch.inf
+            )
+        maths = torch.ops.aten._scaled_dot_product_attention_math
+        how = {"scale": scale, "enable_gqa": enable_gqa}
+        _, probs = maths(q, k, v, attn_mask, 0.0, is_causal, None, **how)
+        kept = self._next_mask(probs, ()) != 0
+        y: Tensor = maths(q, k, v, attn_mask, dropout_p, is_causal, kept, **how)[0]
+        return y
 
     def _rnn(
         self,

@@ -153,10 +153,12 @@ def test_exact_for_the_masks_drawn(name: str, p: float, attention: str) -> None:
     assert left == (["model.transformer.drop"] if name == "gpt2" else [])
 
 
+@pytest.mark.filterwarnings("ignore:Dropout mask should only be used for testing")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", MODELS)
-def test_exact_with_a_dropout_in_the_attention(name: str) -> None:
+def test_exact_with_a_dropout_in_the_attention(name: str, attention: str) -> None:
     """That one stays random: what it drops are no features."""
-    module, inputs = made(name, 0.25, 0.25, "eager")
+    module, inputs = made(name, 0.25, 0.25, attention)
     decisions = check_exact(module, inputs, rtol=RTOL, fullgraph=True)
     left = [decision for decision in decisions if not decision.taken]
     assert left

@@ -84,12 +84,14 @@ def give_masks(gm: fx.GraphModule) -> list[Tensor]:
     def given(like: Tensor, shared: list[int], p: float, mean: float, site: int) -> Tensor:
         mask = dropout_mask(like, shared, p, mean, site)
         ones = (torch.arange(mask.numel()) * 7 + site) % 3 < 2
-        masks.append((ones.view(mask.shape) * mean / (1 - p)).to(mask.dtype))
+        masks.append(ones.view(mask.shape).to(mask.dtype) * (mean / (1 - p)))
         return masks[-1].clone()  # the graph may write to it
 
-    for node in gm.graph.find_nodes(op="call_function", target=dropout_mask):
-        node.target = given
-    gm.recompile()
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=dropout_mask):
+                node.target = given
+            module.recompile()
     return masks
 
 
