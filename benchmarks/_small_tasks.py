@@ -1,7 +1,8 @@
 """What `benchmarks.quality_kinds` trains: tasks of seconds, with so few data that dropout helps.
 
 The settings were found with plain torch, none against Bernoulli: each docstring says what made
-the difference.
+the difference. That is mostly random labels: a share of the training set keeps the same wrong
+ones, and a model without dropout learns these by heart. Test sets have no wrong labels.
 """
 
 from __future__ import annotations
@@ -243,8 +244,8 @@ def mlp_task(folder: Path) -> SmallTask:
 def encoder_task() -> SmallTask:
     """torch's encoder on 300 digits of 8 rows, four tenths with random labels, 40 epochs.
 
-    With right labels no dropout is the best: dropout on every branch and on the embedding then
-    costs more in steps than it gains. It is 64 wide, for the time.
+    With right labels (128 wide, post-norm) no dropout is the best: dropout on every branch and on
+    the embedding then costs more in steps than it gains.
     """
     (x, y), test = digits(300)
 
@@ -258,7 +259,9 @@ def encoder_task() -> SmallTask:
 def vision_task(folder: Path) -> SmallTask:
     """A ViT on 300 images, four tenths with random labels, 40 epochs.
 
-    Drop path is at a tenth on all sides, none included, and stays random whatever the masks.
+    Drop path is at a tenth on all sides, none included, and stays random whatever the masks. At
+    30 epochs, 64 wide and 14 tokens a rate of 0.3 gains nothing yet; at 0.5, what it gains here is
+    within the noise.
     """
     data = few_images(folder, 300, wrong=0.4)
 
@@ -304,7 +307,7 @@ def tuning_task(folder: Path) -> SmallTask:
 
 
 def characters_task(text: Path) -> SmallTask:
-    """5,000 characters, seen 20 times.
+    """5,000 characters, seen 20 times: uninformative at 0.5.
 
     At a learning rate of 4e-3 and with 10,000 no side has begun to overfit when it ends, and with
     3,000 no dropout is as good at its best: all that helps there is to stop early.
@@ -314,9 +317,13 @@ def characters_task(text: Path) -> SmallTask:
 
 
 def words_task(train: Path, valid: Path) -> SmallTask:
-    """WORDS"""
-    task = words(train, valid, 120, 10_000, known=1_000, units=64)
-    return SmallTask(dataclasses.replace(task, optimizer=adamw(5e-3)), looks=8)
+    """8,000 words, 1,000 told apart, seen 22 times: uninformative at 0.3 and 0.5.
+
+    In runs this short no side has begun to overfit at its best loss. Fewer words or larger steps
+    change that only by noise: the best loss is then an early one, of word frequencies alone.
+    """
+    task = words(train, valid, 250, 8_000, known=1_000, units=96)
+    return SmallTask(dataclasses.replace(task, optimizer=adamw(1e-2)), looks=10)
 
 
 def small_tasks(
