@@ -130,27 +130,48 @@ def mnist(folder: Path, steps: int, learning_rate: float = 0.02) -> Task:
     With momentum 0.9, masks that a whole batch shares diverge at a learning rate of 0.05 and
     p = 0.7, under eager PyTorch too; Bernoulli masks do not. At 0.02 every kind of mask trains.
     """
-    x = read_idx(folder / "t10k-images-idx3-ubyte.gz").flatten(1).float() / 255
-    y = read_idx(folder / "t10k-labels-idx1-ubyte.gz").long()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[:8000], order[8000:]
-
-    def batches(seed: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            shuffled = train[torch.randperm(len(train), generator=generator)]
-            for rows in shuffled[: len(train) // 128 * 128].split(128):
-                yield x[rows], y[rows]
+    x, y = mnist_images(folder)
+    train, validation = (x[:8000], y[:8000]), (x[8000:], y[8000:])
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9, fused=True)
 
-    validation = x[test], y[test]
+    batches = shuffled(train, 128)
     return Task("MLP on MNIST", "accuracy %", mlp, batches, validation, steps, optimizer)
 
 
-def characters(path: Path, steps: int, limit: int | None = None) -> Task:
-    """The first nine tenths of a text in windows of 64 characters; 128 of the rest.
+def mnist_images(folder: Path) -> Batch:
+    """Returns the 10,000 t10k images, float32 ``[10000, 784]`` of 0 to 1, in a fixed order."""
+    x = read_idx(folder / "t10k-images-idx3-ubyte.gz").flatten(1).float() / 255
+    y = read_idx(folder / "t10k-labels-idx1-ubyte.gz").long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order], y[order]
+
+
+def shuffled(data: Batch, size: int) -> Callable[[int], Iterator[Batch]]:
+    """Returns what yields batches of one size, in a new order each epoch, from a seed."""
+    x, y = data
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(x), generator=generator)
+            for rows in order[: len(x) // size * size].split(size):
+                yield x[rows], y[rows]
+
+    return batches
+
+
+def characters(
+    path: Path,
+    steps: int,
+    limit: int | None = None,
+    *,
+    width: int = 128,
+    length: int = 64,
+    batch: int = 32,
+) -> Task:
+    """The first nine tenths of a text in windows of some characters; 128 of the rest.
 
     With a limit only so many characters are trained on: dropout is for a model that has seen its
     data many times.
@@ -162,23 +183,32 @@ def characters(path: Path, steps: int, limit: int | None = None) -> Task:
     train = ids[:cut][:limit]
 
     def build(p: float) -> nn.Module:
-        return CharModel(width=128, layers=2, heads=4, dropout=p)
+        return CharModel(width=width, layers=2, heads=4, dropout=p)
 
-    validation = _stacked(ids[cut:], 64, 128)
+    validation = _stacked(ids[cut:], length, 128)
+    batches = _windows(train, length, batch)
     name = "character transformer"
-    return Task(name, "perplexity", build, _windows(train, 64, 32), validation, steps, _adamw, 1.0)
+    return Task(name, "perplexity", build, batches, validation, steps, _adamw, 1.0)
 
 
-def words(train: Path, valid: Path, steps: int) -> Task:
-    """50,000 words of a text, 2,000 told apart, in windows of 35; the other text validates."""
-    text, other = train.read_text("utf-8").split()[:50_000], valid.read_text("utf-8").split()
-    frequent = [word for word, _ in collections.Counter(text).most_common(1_999)]
+def words(
+    train: Path,
+    valid: Path,
+    steps: int,
+    limit: int = 50_000,
+    *,
+    known: int = 2_000,
+    units: int = 200,
+) -> Task:
+    """So many words of a text, some told apart, in windows of 35; the other text validates."""
+    text, other = train.read_text("utf-8").split()[:limit], valid.read_text("utf-8").split()
+    frequent = [word for word, _ in collections.Counter(text).most_common(known - 1)]
     number = {word: i for i, word in enumerate(frequent)}
     rare = len(frequent)
     ids, valid_ids = (torch.tensor([number.get(w, rare) for w in part]) for part in (text, other))
 
     def build(p: float) -> nn.Module:
-        return WordModel(rare + 1, 200, dropout=p)
+        return WordModel(rare + 1, units, dropout=p)
 
     def time_first(batches: Iterator[Batch]) -> Iterator[Batch]:
         return ((x.t(), y.t()) for x, y in batches)

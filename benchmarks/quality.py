@@ -123,14 +123,19 @@ def what_ardd_uses(mask: Mask) -> str:
 
 
 def train(
-    task: Task, model: nn.Module, run: Callable[[Tensor], Tensor], p: float, seed: int
+    task: Task,
+    model: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    p: float,
+    seed: int,
+    looks: int = LOOKS,
 ) -> list[Look]:
-    """Trains from new weights and validates now and then."""
+    """Trains from new weights and validates so many times."""
     task.renew(model, p, seed)
     optimizer = task.optimizer(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
-    seconds, looks = 0.0, []
-    every = max(1, task.steps // LOOKS)
+    seconds, found = 0.0, []
+    every = max(1, task.steps // looks)
     start = time.perf_counter()
     for step, batch in enumerate(itertools.islice(task.batches(seed), task.steps), 1):
         optimizer.zero_grad(set_to_none=True)
@@ -141,9 +146,9 @@ def train(
         schedule.step()
         if step % every == 0 or step == task.steps:
             seconds += time.perf_counter() - start
-            looks.append(Look(seconds, *task.scores(model)))
+            found.append(Look(seconds, *task.scores(model)))
             start = time.perf_counter()
-    return looks
+    return found
 
 
 def against(ours: Sequence[float], bernoulli: Sequence[float], *, lower_is_better: bool) -> str:
