@@ -44,10 +44,10 @@ def eager_masks() -> Iterator[None]:
         same = compiled(x).sum()
 
     This holds for a model whose dropouts stay random, as all do with ``{"pattern": "random"}``;
-    where one is structured, its mask is another and those of the others are the same. It covers
-    ``F.dropout``, ``F.dropout1d`` to ``3d``, what modules do with them, attention with ``dropout_p``
-    on a CPU, and the dropout between the layers of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``. Masks made
-    by hand are drawn as the code says.
+    where one is structured, its mask is another and those of the others are the same. Covered are
+    ``F.dropout``, ``F.dropout1d`` to ``3d``, modules that call them, attention with ``dropout_p``
+    on a CPU, and the dropout between the layers of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``. Masks
+    made by hand are drawn as the code says.
     """
     with _EagerMasks():
         yield

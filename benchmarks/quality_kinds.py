@@ -57,7 +57,7 @@ class Run:
     seconds: float
     """Of all cores, so that other processes do not count."""
     roles: tuple[str, ...] = ()
-    """Kinds of site that ardd saw; empty for stock torch."""
+    """Kinds of site that ardd structured; empty for stock torch."""
     used: str = ""
     """What ardd made of the dropouts."""
 
@@ -131,9 +131,9 @@ def run_side(small: SmallTask, p: float, side: str, seeds: int, runs: Runs) -> N
 
 
 def seen(model: nn.Module) -> tuple[tuple[str, ...], str]:
-    """Returns the kinds of site in the report, and how many were rewritten."""
+    """Returns the kinds of site that were structured, and how many were."""
     decisions = ardd.report().decisions
-    roles = {str(getattr(d, "role", "")) for d in decisions} - {""}
+    roles = {d.role.value for d in decisions if d.taken and d.role is not None}
     return tuple(sorted(roles)), f"{sum(d.taken for d in decisions)} of {len(decisions)}"
 
 

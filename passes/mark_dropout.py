@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import fx
@@ -195,9 +195,9 @@ class _Marking:
 def _alpha_dropout(call: DropoutCall, keep: fx.Node) -> fx.Node:
     """Adds what alpha dropout does with a mask of zeros and ones.
 
-    Klambauer et al. 2017, "Self-normalizing neural networks", https://arxiv.org/abs/1706.02515: what
-    is dropped becomes the negative saturation value of SELU, and an affine map keeps mean and
-    variance.
+    What is dropped becomes the negative saturation value of SELU, and an affine map keeps mean and
+    variance: Klambauer et al. 2017, "Self-normalizing neural networks",
+    https://arxiv.org/abs/1706.02515.
     """
     graph, p = call.node.graph, call.p
     scale = ((_SATURATION**2 * p + 1) * (1 - p)) ** -0.5

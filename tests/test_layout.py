@@ -42,6 +42,7 @@ PUBLIC = {
     "Reason",
     "RedrawError",
     "Report",
+    "Role",
     "SaveReason",
     "SavedTensor",
     "TileDraw",

@@ -19,10 +19,20 @@ from ardd.core.errors import (
 from ardd.core.options import Options
 
 PATTERNS = "'auto', 'block', 'grouped', 'window', 'row', 'random' or 'deferred'"
+ROLES = (
+    "'auto' or a tuple of 'hidden', 'residual', 'input', 'attention', 'rnn_input', 'rnn_between', "
+    "'rnn_output', 'channels', 'channels_skip', 'samples', 'weight', 'output', 'other'"
+)
 FLOPS = "None, a fraction above 0 and at most 1.0, or an int of FLOPs of at least 0"
 WRONG: list[tuple[str, object, str]] = [
     ("pattern", "blok", PATTERNS),
     ("pattern", None, PATTERNS),
+    ("structure", None, ROLES),
+    ("structure", "hidden", ROLES),
+    ("structure", (), ROLES),
+    ("structure", ("hidden", "hiden"), ROLES),
+    ("structure", ("hidden", None), ROLES),
+    ("structure", {"hidden"}, ROLES),
     ("block_size", 0, "'auto' or an int of at least 1"),
     ("block_size", 8.0, "'auto' or an int of at least 1"),
     ("block_size", True, "'auto' or an int of at least 1"),
@@ -81,14 +91,30 @@ def test_a_budget_needs_a_pattern_whose_rates_can_be_raised(pattern: str) -> Non
     )
 
 
+@pytest.mark.parametrize("pattern", ["random", "deferred"])
+def test_roles_need_a_pattern_that_structures(pattern: str) -> None:
+    with pytest.raises(OptionsError) as caught:
+        Options.from_mapping({"pattern": pattern, "structure": ("hidden",)})
+    assert str(caught.value) == (
+        f"Option 'structure' is ('hidden',). Allowed: 'auto' with pattern={pattern!r}."
+    )
+
+
+def test_a_list_of_roles_is_a_tuple() -> None:
+    """As JSON has it; options are part of cache keys and have to be hashable."""
+    listed = Options.from_mapping({"structure": ["hidden", "weight"]})
+    assert listed == Options(structure=("hidden", "weight"))
+    assert hash(listed) == hash(Options(structure=("hidden", "weight")))
+
+
 def test_unknown_key_names_the_known_and_the_nearest() -> None:
     with pytest.raises(OptionsError) as caught:
         Options.from_mapping({"patern": "block"})
     assert str(caught.value) == (
         "Unknown option 'patern' (given 'block'). Known: block_size, cost_model, flops_budget, "
         "groups, max_period, max_rate, max_rewrites, memory_budget, pattern, plans, "
-        "rate_tolerance, row_groups, save_bits, save_density, saves, search, strict, target. "
-        "Did you mean 'pattern'?"
+        "rate_tolerance, row_groups, save_bits, save_density, saves, search, strict, structure, "
+        "target. Did you mean 'pattern'?"
     )
 
 
@@ -111,6 +137,8 @@ def test_options_that_are_no_mapping() -> None:
         {"rate_tolerance": 1.0, "max_rewrites": 0, "cost_model": "mine"},
         {"flops_budget": 10**12, "max_rate": 0.75},
         {"pattern": "block", "flops_budget": 1.0},
+        {"structure": ("hidden", "rnn_input")},
+        {"pattern": "row", "structure": ("residual",)},
     ],
 )
 def test_from_mapping_sets_what_is_given_and_defaults_the_rest(given: dict[str, object]) -> None:
