@@ -135,12 +135,14 @@ def _attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    heads = query.shape[:-1]
-    keep = _keep([*heads, key.shape[-2]], dropout_p, query.device)
-    attended, _ = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, keep, scale=scale, enable_gqa=enable_gqa
+    _, probabilities = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )
-    return attended  # type: ignore[no-any-return]
+    if enable_gqa:
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    keep = _keep(probabilities.shape, dropout_p, query.device)
+    dropped = probabilities * keep * scale_of(dropout_p, 1.0)
+    return dropped @ value  # type: ignore[no-any-return]
 
 
 def _rnn(func: Any, *args: Any) -> Any:

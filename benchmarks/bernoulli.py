@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def step_sides(p: float, attention: bool, x: Tensor) -> dict[str, Step]:
 
 
 def timed_module(
-    module: nn.Module, x: Tensor, backend: str, options: dict[str, object] | None
+    module: nn.Module, x: Tensor, backend: str, options: dict[str, Any] | None
 ) -> Step:
     module = copy.deepcopy(module)
     run = torch.compile(module, backend=backend, options=options, dynamic=False)

@@ -13,12 +13,12 @@ from torch.nn import Parameter
 from ..core.decisions import Decision, PassResult, Reason
 from .attention_calls import INLINED
 from .dynamo_nodes import FACTORIES, op_name, tensor_of
+from .eager_draws import keeps_eager_masks
 from .match_dropout_calls import DRAWS as CALLS
 from .match_dropout_calls import DropoutCall, LeftAlone, match_dropout_call
 from .match_hand_masks import DRAWS as HAND_DRAWS
 from .match_hand_masks import HandMask, match_hand_mask, refuse
 from .prove_mask_uses import prove_mask_uses
-from .random_masks import keeps_eager_masks
 from .rewrite_hand_mask import insert_marker, rewrite_hand_mask
 from .sites import Site, module_path, source_line, source_name, static_shape
 

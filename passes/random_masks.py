@@ -8,7 +8,6 @@ backward computes them again from the seed, and no mask is stored.
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Final
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..runtime.dropout_mask import dropout_mask, scale_of
 from ..runtime.random_bits import threshold_of
+from .eager_draws import eager_draw, keeps_eager_masks
 from .emit import Emitter, fake_mode_of
 from .seed_masks import bits_of_mask, drop_unused_seeds, seed_masks
 from .settle_layouts import settled_layouts
@@ -27,13 +27,6 @@ SMALLEST_RATE: Final = 2.0**-33
 """Rates up to this round to 0 and drop nothing."""
 
 _NARROW: Final = (torch.bfloat16, torch.float16)
-
-
-def keeps_eager_masks() -> bool:
-    """Returns whether Inductor is asked to draw what eager mode would, here as anywhere."""
-    from torch._inductor import config
-
-    return bool(config.fallback_random)
 
 
 def masks_in(graph: fx.Graph) -> list[fx.Node]:
@@ -88,7 +81,7 @@ def _lower(emit: Emitter, mask: fx.Node, like: fx.Node, p: float, scale: float) 
         )
         return emit.op(mask, aten.where.self, keep, *numbers)
 
-    drawn = _eager_draw(emit, mask, like, p) if keeps_eager_masks() else None
+    drawn = eager_draw(emit, mask, like, p) if keeps_eager_masks() else None
     # Read in backward, a size would keep the tensor that it is read from.
     sizes = emit.sizes(mask, mask, like) if drawn is None else []
     with emit.marked(CheckpointPolicy.MUST_RECOMPUTE):
@@ -110,16 +103,3 @@ def _lower(emit: Emitter, mask: fx.Node, like: fx.Node, p: float, scale: float) 
             user.graph.erase_node(user)
         else:
             user.replace_input_with(mask, number)
-
-
-def _eager_draw(emit: Emitter, mask: fx.Node, like: fx.Node, p: float) -> fx.Node:
-    """Draws as torch's own dropout does in eager mode: 0 is dropped."""
-    value = mask.meta["val"]
-    sizes = emit.sizes(mask, mask, like)
-    options = {"dtype": value.dtype, "device": value.device}
-    shape = emit.op(mask, aten.empty.memory_format, sizes, **options)
-    with emit.marked(CheckpointPolicy.MUST_SAVE):
-        if value.device.type == "cpu" or mask.args[1]:  # whole channels have no kernel of their own
-            return emit.op(mask, aten.bernoulli.p, shape, 1.0 - p)
-        pair = emit.op(mask, aten.native_dropout.default, shape, p, True)
-        return emit.op(mask, operator.getitem, pair, 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -73,9 +73,10 @@ def drop_unused_seeds(graph: fx.Graph) -> None:
 
 def after_seeds(graph: fx.Graph) -> fx.Node:
     """Returns the first node that is neither given to the graph nor draws its seeds."""
+    nodes: Iterable[fx.Node] = graph.nodes
     return next(
         node
-        for node in graph.nodes
+        for node in nodes
         if node.op not in _GIVEN
         and not _is_draw(node)
         and not (node.target is aten.select.int and _is_draw(node.args[0]))

@@ -15,6 +15,7 @@ from ..core.options import Options
 from .compact import compact
 from .cost_model import find_cost_model
 from .defer_dropout import can_defer, defer_masks
+from .eager_draws import keeps_eager_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
 from .find_roles import find_roles
@@ -26,7 +27,7 @@ from .price_groups import GroupPricer
 from .price_plan import Choice, PlanPricer
 from .program_inputs import grads_of, inputs_in, results_only_at
 from .quality import left_random
-from .random_masks import SMALLEST_RATE, keeps_eager_masks, lower_random_masks, masks_in
+from .random_masks import SMALLEST_RATE, lower_random_masks, masks_in
 from .relation import shape_of
 from .seed_masks import seed_masks
 from .sites import Site, decide, static_shape

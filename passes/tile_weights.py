@@ -13,10 +13,11 @@ from torch import fx
 from ..core.decisions import Reason
 from ..core.options import Options
 from .cost_model import CostModel
+from .eager_draws import keeps_eager_masks
 from .emit import Emitter, fake_mode_of
 from .find_weight_uses import WeightUses, adds, find_weight_uses, step_of, transposes
 from .price_tiles import TilePricer
-from .random_masks import SMALLEST_RATE, keeps_eager_masks
+from .random_masks import SMALLEST_RATE
 from .relation import shape_of
 from .seed_masks import after_seeds
 from .settle_layouts import settled_layouts

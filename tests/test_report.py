@@ -19,7 +19,7 @@ from rich.console import Console
 
 import ardd
 from ardd.core import report as module
-from ardd.core.decisions import Decision, Reason
+from ardd.core.decisions import Decision, Reason, Role
 from ardd.core.report import GraphReport, Report, summary_line
 
 MIB = 2**20
@@ -33,6 +33,7 @@ TAKEN = Decision(
     p=0.1,
     taken=True,
     reason=Reason.STRUCTURED,
+    role=Role.HIDDEN,
     detail="0.7 ms instead of 1.2 ms",
     pattern="block",
     p_used=0.125,
@@ -100,15 +101,15 @@ def render(report: Report, width: int, **options: Any) -> str:
 def test_row_of_a_structured_dropout() -> None:
     short = dataclasses.replace(TAKEN, detail="")
     assert cells(Report((graph(short),)), "0") == [
-        *("0", "encoder.drop", "model.py:12", "dropout", "[128, 2048]", "0.1 -> 0.125", "block"),
-        *("32", "1", "structured", "STRUCTURED", "10 G -> 7.5 G"),
+        *("0", "encoder.drop", "model.py:12", "dropout", "hidden", "[128, 2048]"),
+        *("0.1 -> 0.125", "block", "32", "1", "structured", "STRUCTURED", "10 G -> 7.5 G"),
     ]
 
 
 def test_row_of_a_refused_dropout() -> None:
     """What does not change is said once, and what does not exist is a dash."""
     assert cells(Report((graph(REFUSED),)), "1") == [
-        *("1", "-", "model.py:20", "bernoulli", "[s0, 64]", "0.25", "random", "-", "-"),
+        *("1", "-", "model.py:20", "bernoulli", "-", "[s0, 64]", "0.25", "random", "-", "-"),
         *("left random", "NOT_WORTH_IT", "6 G"),
     ]
 
@@ -121,7 +122,7 @@ def test_row_of_an_untouched_dropout() -> None:
 def test_header_names_every_column() -> None:
     header = str(Report((graph(),))).splitlines()[0]
     assert re.split(r"\s{2,}", header.strip()) == [
-        *("#", "module", "source", "kind", "shape", "p -> used", "pattern", "block", "dim"),
+        *("#", "module", "source", "kind", "role", "shape", "p -> used", "pattern", "block", "dim"),
         *("decision", "reason", "FLOPs"),
     ]
 
@@ -145,7 +146,10 @@ def test_every_reason_renders_with_its_sentence(reason: Reason) -> None:
         (Reason.NO_PRODUCT, "left random"),
         (Reason.OUT_OF_FUEL, "left random"),
         (Reason.WEIGHT_DROPOUT, "left random"),
-        (Reason.ALPHA_DROPOUT, "left alone"),
+        (Reason.ALPHA_DROPOUT, "left random"),
+        (Reason.QUALITY, "left random"),
+        (Reason.NOT_CHOSEN, "left random"),
+        (Reason.FALLBACK_RANDOM, "left random"),
         (Reason.P_IS_ONE, "left alone"),
         (Reason.PASS_FAILED, "left alone"),
     ],
@@ -283,8 +287,12 @@ def test_nothing_is_cut_off(width: int) -> None:
 def test_narrow_console_stacks_the_cells() -> None:
     lines = [line.split() for line in render(Report((graph(REFUSED),)), 80).splitlines()]
     assert ["module", "shape", "pattern", "reason"] in lines
+    assert ["role", "decision"] in lines
     assert ["1", "-", "bernoulli", "left", "random", "NOT_WORTH_IT"] in lines
-    assert ["model.py:20", "[s0,", "64]", "random", "6", "G"] in lines
+    assert ["model.py:20", "-", "random", "6", "G"] in lines
+    assert any(line[:2] == ["[s0,", "64]"] for line in lines)
+    narrow = render(Report((graph(TAKEN),)), 80).split()
+    assert "hidden" in narrow
 
 
 def test_plain_text_ignores_terminal_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +318,7 @@ def test_repr_is_one_line() -> None:
 
 def test_unknown_rate_is_a_question_mark() -> None:
     decision = dataclasses.replace(REFUSED, p=math.nan, p_used=None)
-    assert cells(Report((graph(decision),)), "1")[5] == "?"
+    assert cells(Report((graph(decision),)), "1")[6] == "?"
 
 
 # ---- the line of the log -----------------------------------------------------------------
@@ -354,6 +362,15 @@ def test_json_round_trip(original: GraphReport) -> None:
     assert GraphReport.from_dict(loaded(original)) == original
 
 
+@pytest.mark.parametrize("role", [None, *Role])
+def test_role_in_its_column_and_in_json(role: Role | None) -> None:
+    original = graph(dataclasses.replace(REFUSED, role=role))
+    assert cells(Report((original,)), "1")[4] == ("-" if role is None else role.value)
+    data = loaded(original)
+    assert data["decisions"][0]["role"] == (None if role is None else role.value)
+    assert GraphReport.from_dict(data) == original
+
+
 @pytest.mark.parametrize("reason", list(Reason))
 def test_json_round_trip_of_every_reason(reason: Reason) -> None:
     original = graph(dataclasses.replace(REFUSED, reason=reason))
@@ -384,7 +401,7 @@ def test_json_covers_every_field() -> None:
 
 def test_report_to_dict_is_json() -> None:
     data = json.loads(json.dumps(Report((graph(), graph(inference=True)), ("n",)).to_dict()))
-    assert data["schema"] == 3
+    assert data["schema"] == 4
     assert data["notes"] == ["n"]
     assert [entry["inference"] for entry in data["graphs"]] == [False, True]
     assert data["graphs"][0]["decisions"][1]["reason"] == "NOT_WORTH_IT"
@@ -410,8 +427,8 @@ def edit_decision(data: Any, **changes: Any) -> Any:
         (lambda d: [], r"expected an object, not \[\]"),
         (lambda d: None, "expected an object, not None"),
         (lambda d: "x" * 10_000, "expected an object, not 'xxx"),
-        (lambda d: {}, "schema version is None, expected 3"),
-        (lambda d: d | {"schema": 1}, "schema version is 1, expected 3"),
+        (lambda d: {}, "schema version is None, expected 4"),
+        (lambda d: d | {"schema": 1}, "schema version is 1, expected 4"),
         (lambda d: d | {"schema": True}, "schema version is True"),
         (lambda d: d | {"code": ""}, "unknown graph field 'code'. Known fields: decisions, "),
         (lambda d: {k: v for k, v in d.items() if k != "after"}, "graph field 'after' is missing"),
@@ -428,6 +445,11 @@ def edit_decision(data: Any, **changes: Any) -> Any:
         (lambda d: edit_decision(d, reason="WHY"), "'WHY', expected the name of a Reason"),
         (lambda d: edit_decision(d, reason=["STRUCTURED"]), "expected the name of a Reason"),
         (lambda d: edit_decision(d, reason="__class__"), "expected the name of a Reason"),
+        (
+            lambda d: edit_decision(d, role="HIDDEN"),
+            "'HIDDEN', expected the name of a role or null",
+        ),
+        (lambda d: edit_decision(d, role=["hidden"]), "expected the name of a role or null"),
         (lambda d: edit_decision(d, p=math.nan), "decision field 'p' is nan"),
         (lambda d: edit_decision(d, p_used=1.5), "decision field 'p_used' is 1.5"),
         (lambda d: edit_decision(d, p=False), "decision field 'p' is False"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from .backends.eager_masks import eager_masks
 from .backends.set_rate import set_rate
 from .core.decisions import Decision, Reason, Role
 from .core.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "TileDraw",
     "__version__",
     "compile",
+    "eager_masks",
     "explain",
     "record_masks",
     "register_cost_model",

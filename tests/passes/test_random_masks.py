@@ -134,9 +134,8 @@ def test_a_dynamic_graph_draws_the_same_for_other_sizes() -> None:
     gm = trace(lambda x: x * mask(x), torch.ones(5, 7), dynamic=True)
     lowered(gm)
     for sizes in ((3, 4), (64, 64), (2, 1000), (1000, 2)):
-        y, reference = from_one_state(
-            lambda s=sizes: gm(torch.ones(s)), lambda s=sizes: kept(s, 0.5)
-        )
+        x = torch.ones(sizes)
+        y, reference = from_one_state(lambda x=x: gm(x), lambda x=x: kept(x.shape, 0.5))
         assert torch.equal(y, reference * 2.0)
 
 
@@ -241,7 +240,7 @@ def test_products_round_once(dtype: torch.dtype, p: float) -> None:
     lowered(gm)
     y, keep = from_one_state(lambda: gm(x), lambda: kept((400, 50), p))
     wide = x.float() if dtype in NARROW else x
-    expected = wide * torch.where(keep, 1 / (1 - p), 0.0).to(wide.dtype)
+    expected = wide * (keep.to(wide.dtype) * (1 / (1 - p)))
     assert y.dtype == dtype
     assert torch.equal(y, expected.to(dtype))
 
@@ -250,14 +249,14 @@ def test_under_autocast() -> None:
     """The product is bfloat16, and so is what is dropped of it."""
     weight = torch.randn(30, 50)
 
-    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+    def fn(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             y = F.linear(x, weight)
             return y, y * mask(y, 0.3)
 
-    gm = trace(fn, X)
+    gm = trace(fn, X, weight)
     lowered(gm)
-    (y, dropped), keep = from_one_state(lambda: gm(X), lambda: kept((400, 30), 0.3))
+    (y, dropped), keep = from_one_state(lambda: gm(X, weight), lambda: kept((400, 30), 0.3))
     assert dropped.dtype == torch.bfloat16
     assert torch.equal(dropped, (y.float() * torch.where(keep, 1 / 0.7, 0.0)).bfloat16())
 
@@ -285,11 +284,13 @@ def test_a_graph_without_masks_is_untouched() -> None:
 def test_inductor_at_every_size_up_to_200(p: float) -> None:
     gm = trace(lambda x: x * mask(x, p), torch.ones(100), dynamic=True)
     lowered(gm)
-    compiled = inductor(gm, torch.ones(100))
-    for n in range(2, 201):
-        x = torch.ones(n)
-        (y,), keep = from_one_state(lambda x=x: compiled(x), lambda n=n: kept((n,), p))
-        assert torch.equal(y != 0, keep), n
+    compiled = torch.compile(gm, dynamic=True, fullgraph=True)
+    compiled(torch.ones(100))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in range(2, 201):  # a size of 1 is compiled for itself, see below
+            x = torch.ones(n)
+            y, keep = from_one_state(lambda x=x: compiled(x), lambda n=n: kept((n,), p))
+            assert torch.equal(y != 0, keep), n
 
 
 ODD = [(1,), (3,), (8,), (9,), (17,), (63,), (65,), (127,), (3, 7), (5, 17), (13, 65), (9, 100)]
@@ -320,7 +321,7 @@ def test_inductor_with_other_types(dtype: torch.dtype) -> None:
     lowered(gm)
     compiled = inductor(gm, x)
     (y,), keep = from_one_state(lambda: compiled(x), lambda: kept((2, 3, 5, 7), 0.3))
-    assert torch.equal(y, torch.where(keep, 1 / 0.7, 0.0).to(dtype))
+    assert torch.equal(y, keep.to(dtype) * (1 / 0.7))
 
 
 @pytest.mark.slow
@@ -328,28 +329,27 @@ def test_inductor_with_other_types(dtype: torch.dtype) -> None:
 def test_more_elements_than_a_word_counts(columns: int) -> None:
     """4.3 billion elements, none of which is stored: odd rows, and rows that are counted by lanes.
 
-    The rows at 2**31 and 2**32 are those of the definition: the high word of an index is that of
-    its row's start. The sum is the rate to five sigma, of no element counted twice.
+    Of every row comes the sum of numbers that are kept, whole ones that add up exactly. The rows at
+    2**31 and 2**32 have those of the definition: the high word of an index is that of its row's
+    start. The sum of all is the rate, to five sigma.
     """
     n_rows = 2**17 + 3
-    at = [2**31 // columns, 2**32 // columns]
+    assert n_rows * columns > 2**32
+    numbers = torch.randint(2**20, (1, columns)).double()
 
-    def fn(one: Tensor) -> list[Tensor]:
-        x = one.expand(n_rows, columns)
-        y = x * mask(x, 0.5)
-        return [y.sum(1, dtype=torch.float64).sum(), *(y[row - 1 : row + 2] for row in at)]
+    def fn(numbers: Tensor) -> Tensor:
+        x = numbers.expand(n_rows, columns)
+        return (x * mask(x, 0.5)).sum(1)
 
-    gm = trace(fn, torch.ones(1, 1))
+    gm = trace(fn, numbers)
     lowered(gm)
-    compiled = inductor(gm, torch.ones(1, 1))
-    (total, *rows), (seed,) = from_one_state(
-        lambda: compiled(torch.ones(1, 1)), lambda: draw_seeds(1, CPU)
-    )
-    n = n_rows * columns
-    assert n > 2**32
-    assert abs(float(total) - n) < 5 * math.sqrt(n)
-    for row, seen in zip(at, rows, strict=True):
-        starts = torch.arange(row - 1, row + 2).unsqueeze(1) * columns
-        low = (starts + torch.arange(columns)).to(torch.int32)
-        keep = bits_at(run, low, seed, (starts >> 32).to(torch.int32)) >= 0
-        assert torch.equal(seen, keep * 2.0)
+    compiled = inductor(gm, numbers)
+    (sums,), (seed,) = from_one_state(lambda: compiled(numbers), lambda: draw_seeds(1, CPU))
+    sigma = math.sqrt(n_rows * float(numbers.square().sum()))
+    assert abs(float(sums.sum() - n_rows * numbers.sum())) < 5 * sigma
+    at = [2**31 // columns, 2**32 // columns]
+    for row in [0, n_rows - 1, *at, *(row + 1 for row in at), *(row - 1 for row in at)]:
+        place = row * columns + torch.arange(columns)
+        high = torch.tensor(row * columns >> 32, dtype=torch.int32)
+        keep = bits_at(run, place.to(torch.int32), seed, high) >= 0
+        assert sums[row] == 2 * numbers[0, keep].sum(), row
