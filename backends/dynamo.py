@@ -27,6 +27,7 @@ from ..core.options import Options
 from ..passes.attention_calls import keep_autocast
 from ..passes.cost_model import find_cost_model
 from ..passes.cut_graphs import size_hint
+from ..passes.eager_draws import keeps_eager_masks
 from ..passes.mark_dropout import MarkDropout
 from ..passes.open_multi_head import OpenMultiHead
 from ..passes.split_rnns import SplitRnns, loses_dropout
@@ -151,9 +152,10 @@ def compile_marked(
     marked = copy_graph_module(original)
     running = OpenMultiHead.name
     try:
-        OpenMultiHead().apply(marked)
-        running = WriteOutAttention.name
-        WriteOutAttention().apply(marked)
+        if not keeps_eager_masks():  # torch's own maths draw the masks of eager mode
+            OpenMultiHead().apply(marked)
+            running = WriteOutAttention.name
+            WriteOutAttention().apply(marked)
         running = MarkDropout.name
         result = MarkDropout().apply(marked)
     except Exception as cause:

@@ -62,6 +62,24 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "cnn": cnn,
 }
 # What the rewrite adds (+) and removes (-); a product is never added nor removed.
+_HASHED = {
+    "aten.select": 3,  # a seed, and its halves
+    "prims.iota": 1,
+    "aten.bitwise_xor": 6,
+    "aten.__rshift__": 4,
+    "aten.bitwise_and": 4,
+    "aten.mul": 3,
+    "aten.view": 1,
+}
+"""What it takes to hash the seed of one dropout."""
+
+
+def with_seeds(n_dropouts: int, changes: dict[str, int]) -> dict[str, int]:
+    total = Counter({op: count * n_dropouts for op, count in _HASHED.items()})
+    total.update(changes | {"ardd.draw_seeds": 1})
+    return dict(total)
+
+
 _FOR_TWO = {
     "ardd.dropout_mask": -2,
     "ardd.draw_blocks": 2,
@@ -74,20 +92,26 @@ _FOR_TWO = {
     "aten.where": 6,
 }
 CHANGES: dict[str, dict[str, int]] = {
-    "mlp": _FOR_TWO,
+    "mlp": with_seeds(2, _FOR_TWO),
     # The biases of the convolutions are cut by elements, the rest by blocks.
-    "cnn": _FOR_TWO
-    | {"aten.view": 28, "aten.add": 2, "aten.mul": 2, "aten.unsqueeze": 2, "prims.iota": 2},
-    "transformer_block": {
-        "ardd.dropout_mask": -3,
-        "ardd.draw_blocks": 3,
-        "aten.clamp_min": 3,
-        "aten.ge": 3,
-        "aten.index": 20,
-        "aten.scalar_tensor": 9,
-        "aten.view": 49,
-        "aten.where": 9,
-    },
+    "cnn": with_seeds(
+        2,
+        _FOR_TWO
+        | {"aten.view": 28, "aten.add": 2, "aten.mul": 2, "aten.unsqueeze": 2, "prims.iota": 2},
+    ),
+    "transformer_block": with_seeds(
+        3,
+        {
+            "ardd.dropout_mask": -3,
+            "ardd.draw_blocks": 3,
+            "aten.clamp_min": 3,
+            "aten.ge": 3,
+            "aten.index": 20,
+            "aten.scalar_tensor": 9,
+            "aten.view": 49,
+            "aten.where": 9,
+        },
+    ),
 }
 
 
