@@ -14,13 +14,14 @@ from ..core.decisions import Reason, Role
 from ..core.options import Options
 
 HIGHEST_RATES: Final[Mapping[Role, float]] = {
-    # benchmarks/results/quality_kinds_cpu_202611.md, rows "hidden" of the MLP and the encoders.
+    # Where dropout helps, rates 0.1 to 0.5: benchmarks/results/quality_kinds_cpu_202611.md, rows
+    # "block:hidden". Up to 0.7: quality_cpu_202611.md, "MLP on MNIST".
     Role.HIDDEN: 0.8,
-    # The same, rows of the LSTM.
+    # Rates 0.3 to 0.7, a model that dropout does not help: quality_cpu_202611.md, "LSTM on words".
     Role.RNN_INPUT: 0.8,
     Role.RNN_BETWEEN: 0.8,
     Role.RNN_OUTPUT: 0.8,
-    # benchmarks/results/quality_dropconnect_cpu_202611.md.
+    # Rates 0.5 and 0.75: quality_dropconnect_cpu_202611.md.
     Role.WEIGHT: 0.8,
 }
 """By role, the highest rate that "auto" structures, with the measurement that it rests on."""

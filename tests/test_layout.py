@@ -48,6 +48,7 @@ PUBLIC = {
     "TileDraw",
     "__version__",
     "compile",
+    "eager_masks",
     "explain",
     "record_masks",
     "register_cost_model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def inductor(gm: fx.GraphModule, *inputs: Tensor) -> Callable[..., Any]:
         output.args = ([output.args[0]],)
         gm.recompile()
     with torch.no_grad():
-        return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(gm, list(inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def kept(sizes: tuple[int, ...], p: float) -> Tensor:
@@ -104,7 +106,10 @@ def test_values(p: float, mean: float | None) -> None:
 @pytest.mark.parametrize("shared", [(), (0,), (1,), (-1,), (0, 1)])
 def test_the_mask_is_that_of_the_op(p: float, shared: tuple[int, ...]) -> None:
     """Run as it is, the marker draws what the lowered graph draws, from the same state."""
-    fn = lambda x: x * mask(x, p, shared=shared)  # noqa: E731
+
+    def fn(x: Tensor) -> Tensor:
+        return x * mask(x, p, shared=shared)
+
     gm = trace(fn, X)
     lowered(gm)
     y, reference, after_y, after = from_one_state(
@@ -136,7 +141,7 @@ def test_a_dynamic_graph_draws_the_same_for_other_sizes() -> None:
     lowered(gm)
     for sizes in ((3, 4), (64, 64), (2, 1000), (1000, 2)):
         x = torch.ones(sizes)
-        y, reference = from_one_state(lambda x=x: gm(x), lambda x=x: kept(x.shape, 0.5))
+        y, reference = from_one_state(partial(gm, x), partial(kept, sizes, 0.5))
         assert torch.equal(y, reference * 2.0)
 
 
@@ -156,7 +161,7 @@ def test_the_order_of_memory_changes_no_element(sizes: tuple[int, ...], dynamic:
     for x in (plain, plain.to(memory_format=torch.channels_last)):
         gm = trace(lambda x: x * mask(x), x, dynamic=dynamic)
         lowered(gm)
-        masks.append(lambda x=x, gm=gm: gm(x))
+        masks.append(partial(gm, x))
     contiguous, last, reference = from_one_state(*masks, lambda: kept(sizes, 0.5))
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(contiguous, last)
@@ -290,7 +295,7 @@ def test_inductor_at_every_size_up_to_200(p: float) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in range(2, 201):  # a size of 1 is compiled for itself, see below
             x = torch.ones(n)
-            y, keep = from_one_state(lambda x=x: compiled(x), lambda n=n: kept((n,), p))
+            y, keep = from_one_state(partial(compiled, x), partial(kept, (n,), p))
             assert torch.equal(y != 0, keep), n
 
 

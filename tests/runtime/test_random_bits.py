@@ -393,8 +393,9 @@ def within(count: float, mean: float) -> bool:
 
 def seeds_like(kind: str, n: int) -> Tensor:
     """Returns int32 ``[n, 2]``."""
+    seeds: Tensor = draw_seeds(n, CPU)
     if kind == "drawn":
-        return draw_seeds(n, CPU)
+        return seeds
     if kind == "ranks":
         each = []
         for rank in range(n):
@@ -403,7 +404,6 @@ def seeds_like(kind: str, n: int) -> Tensor:
         return torch.cat(each)
     if kind == "small numbers":
         return torch.arange(n).view(torch.int32).view(n, 2)
-    seeds = draw_seeds(n, CPU).clone()
     half = int(kind[-1])
     seeds[:, half] = seeds[0, half]
     return seeds
