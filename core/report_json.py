@@ -121,7 +121,7 @@ _DECISION_FIELDS: Final[Mapping[str, _Field]] = {
         lambda v: isinstance(v, str) and v in Reason.__members__, "the name of a Reason"
     ),
     "role": _Field(
-        lambda v: v is None or v in {role.value for role in Role}, "the name of a role or null"
+        lambda v: v is None or v in [role.value for role in Role], "the name of a role or null"
     ),
     "detail": _TEXT,
     "pattern": _TEXT,

@@ -155,11 +155,16 @@ class CompressSaves:
         """Returns whether to compute a save again would forbid to encode what it is made from."""
         inside = set(chain)
         sources = {source for node in chain for source in node.all_input_nodes} - inside
-        if not any(other.ladder for other in saves if other.node in sources):
+        rounded = {other.node for other in saves if other.ladder and other.node in sources}
+        if not rounded:
             return False
         if self.options.saves in BY_FEATURE:
             return True  # pointwise ops are no weight gradients
-        rough = any(grows_at(source, node) for node in chain for source in node.all_input_nodes)
+        rough = False
+        for node in chain:  # in their order: an error goes on from op to op, and not from seeds
+            read = [source for source in node.all_input_nodes if source in rounded]
+            rough = rough or any(grows_at(source, node) for source in read)
+            rounded |= {node} if read else set()
         return rough or not set(save.uses) <= QUANTISED - {SIGN}
 
     def _exact_bytes(self, cut: Cut, saves: list[Save]) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 from .cut_graphs import LAYOUT_OPS, Cut
 from .relation import tensor_operands
 
-prims = torch.ops.prims
+aten, prims = torch.ops.aten, torch.ops.prims
 
 MOST_OPS = 48
 """Longer chains cost more than a pass over memory, and are no longer cheap."""
@@ -75,6 +75,9 @@ def _cheap(node: fx.Node) -> bool:
     if drawn or target.name().startswith("prims::inductor_"):  # its seeds and random numbers
         return False
     if not tensor_operands(node):
-        return target is torch.ops.aten.full.default
+        return target in _FACTORIES
     pointwise = torch.Tag.pointwise in target.tags or target in LAYOUT_OPS
-    return pointwise or target is prims.convert_element_type.default
+    return pointwise or target in (prims.convert_element_type.default, aten.__rshift__.Scalar)
+
+
+_FACTORIES = (aten.full.default, aten.scalar_tensor.default, prims.iota.default)

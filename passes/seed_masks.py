@@ -101,15 +101,15 @@ def bits_of_mask(emit: Emitter, mask: fx.Node, sizes: Sequence[Any]) -> fx.Node:
     value = mask.meta["val"]
     shape = shape_of(mask)
     wide = not statically_known_true(value.numel() <= 2**31)
-    fixed = math.prod(size for size in (shape[-1:] if wide else shape) if isinstance(size, int))
+    last = shape[-1] if shape else 1
     return bits_in(  # type: ignore[no-any-return]
         functools.partial(emit.op, mask),
         mask.args[5],
         sizes,
         functools.partial(_product, emit, mask),
         value.device,
-        # Where elements lie in memory in another order, it would cost divisions.
-        by_lanes=fixed % LANES == 0 and value.is_contiguous(),
+        # Where lanes are no part of what a loop runs over, they would cost divisions.
+        by_lanes=isinstance(last, int) and last % LANES == 0 and value.is_contiguous(),
         wide=wide,
     )
 

@@ -428,6 +428,9 @@ def sage(m: Any, x: Tensor, adjacency: Tensor) -> Any:
 CONVS = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 8, 3), "c": nn.Conv2d(16, 8, 3)}
 ADJACENCY = data((7, D), (7, 7))
 
+_LAYER = "attention residual hidden residual "
+"""Roles in torch's encoder layer, whose attention is written out on a CPU."""
+
 CASES: dict[str, Case] = {
     "mlp": Case(net(mlp, a=lin(), b=lin(), c=lin()), X, "input hidden hidden"),
     "mlp of sequences": Case(net(mlp, a=lin(), b=lin(), c=lin()), SEQUENCE, "input hidden hidden"),
@@ -436,8 +439,8 @@ CASES: dict[str, Case] = {
         lambda: (torch.randn(B, D), torch.randint(D, (B,))),
         "hidden",
     ),
-    "post-norm": Case(lambda: encoder(False), ids(), "residual " + "residual hidden residual " * 2),
-    "pre-norm": Case(lambda: encoder(True), ids(), "residual " + "residual hidden residual " * 2),
+    "post-norm": Case(lambda: encoder(False), ids(), "residual " + _LAYER * 2),
+    "pre-norm": Case(lambda: encoder(True), ids(), "residual " + _LAYER * 2),
     "gpt": Case(lambda: gpt(2), ids(), "residual " + "attention residual hidden residual " * 2),
     "gpt, fused attention": Case(
         lambda: gpt(1, fused=True), ids(), "residual residual hidden residual"
