@@ -28,6 +28,7 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
 Case = tuple[nn.Module, list[Any]]
 GROUPED: dict[str, Any] = {"pattern": "grouped", "groups": 2}
+ALL_ROLES = tuple(role.value for role in ardd.Role)
 
 
 def flops(graph: fx.Graph) -> int | None:
@@ -528,7 +529,8 @@ def test_auto_without_groups_where_they_do_not_pay() -> None:
 def test_auto_in_a_budget_that_groups_do_not_meet() -> None:
     """The gathers of groups cost too much for one of the dropouts, and it would have to help."""
     wide = nn.Sequential(layers(0.75, 0.75)[:5], nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.75))
-    whole = automatic(wide, [f(8, 12)], cost_model="grouped-never", flops_budget=0.5)
+    options: dict[str, Any] = {"flops_budget": 0.5, "structure": ("hidden", "output")}
+    whole = automatic(wide, [f(8, 12)], cost_model="grouped-never", **options)
     assert {d.pattern for d in whole} == {"block"}
 
 
@@ -567,4 +569,5 @@ def test_a_range_of_batches_that_one_graph_is_promised_to_run() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_auto_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structure_dropout, "HIGH_RATE", 0.0)
-    assert {decision.pattern for decision in automatic(*CASES[name]())} == {"grouped"}
+    decisions = automatic(*CASES[name](), structure=ALL_ROLES)
+    assert {decision.pattern for decision in decisions} == {"grouped"}
