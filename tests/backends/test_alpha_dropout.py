@@ -62,7 +62,7 @@ def test_mean_variance_and_rate(spelling: str, p: float) -> None:
     assert (decision.kind, decision.p) == ("alpha_dropout", p)
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_values_and_gradients(spelling: str, target: str) -> None:
     """An element is dropped to one number, or scaled and shifted; the gradient is the scale."""

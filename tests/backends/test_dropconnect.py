@@ -160,6 +160,7 @@ def test_a_batch_of_any_size() -> None:
     all_tiles(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.5, 0.7])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(p: float, dynamic: bool) -> None:

@@ -15,7 +15,7 @@ from ardd.backends import eager_masks as under_test
 from ardd.backends.eager_masks import eager_masks
 
 RANDOM: dict[str, Any] = {"pattern": "random", "strict": True}
-TARGETS = ("eager", "inductor")
+TARGETS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 def run(fn: Callable[..., Any], *inputs: Tensor, steps: int) -> list[Tensor]:

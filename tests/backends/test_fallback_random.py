@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import ardd
 
-TARGETS = ("eager", "inductor")
+TARGETS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -162,13 +162,13 @@ def test_hand_made_masks_are_left_alone(target: str) -> None:
     assert by_kind["dropout"].reason is ardd.Reason.PATTERN_RANDOM
 
 
-def test_it_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_read_anew() -> None:
     """Without it the masks are ours, which are not eager's."""
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", False)
     x = torch.ones(64, 128)
     options: dict[str, Any] = {"pattern": "random", "target": "eager"}
     compiled = torch.compile(lambda x: F.dropout(x, 0.5), backend="ardd", options=options)
     torch.manual_seed(0)
-    ours = compiled(x)
+    with torch._inductor.config.patch(fallback_random=False):
+        ours = compiled(x)
     torch.manual_seed(0)
     assert not torch.equal(ours, F.dropout(x, 0.5))

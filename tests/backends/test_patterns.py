@@ -50,7 +50,10 @@ def test_model_through_inductor(name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", ["mlp", "block", "convolutions"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("block", "convolutions"))],
+)
 def test_dynamic_shapes(name: str, pattern: str) -> None:
     """One graph serves every batch."""
     module = DYNAMIC[name](4)[0].double()

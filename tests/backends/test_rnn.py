@@ -130,6 +130,7 @@ def test_groups_of_time_steps_that_do_not_divide_them() -> None:
     assert [d.pattern for d in decisions] == ["block"] * 3
 
 
+@pytest.mark.slow
 def test_groups_of_time_steps_through_inductor() -> None:
     """In single precision, on the recurrence in C++."""
     module = Tagger(nn.LSTM(16, 32, 2, dropout=0.5))

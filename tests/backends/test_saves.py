@@ -326,7 +326,10 @@ def test_nan_stays_visible(saves: str) -> None:
 
 
 @pytest.mark.parametrize("saves", ["exact", *FAMILIES])
-@pytest.mark.parametrize("name", ["mlp with dropout", "encoder", "cnn"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp with dropout", *(pytest.param(n, marks=pytest.mark.slow) for n in ("encoder", "cnn"))],
+)
 def test_dynamic_batches(name: str, saves: str) -> None:
     """One compile serves several sizes."""
     model, _ = made(name)
@@ -356,6 +359,7 @@ def test_dynamic_batches(name: str, saves: str) -> None:
 # ---- the budget --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp with dropout", "encoder with dropout", "cnn", "gated"])
 @pytest.mark.parametrize("saves", ["exact", "int8", "nm", "mixed"])
 def test_budgets_are_met_or_refused(name: str, saves: str) -> None:

@@ -139,7 +139,7 @@ def ensemble_of(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {name: value.detach() for name, value in parameters.items()}
 
 
-@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_ensemble(randomness: str, target: str) -> None:
     """Members with the same weights and the same input differ by their masks alone."""

@@ -471,7 +471,7 @@ CASES: dict[str, Case] = {
     "decoder": Case(
         lambda: Network(decoder, layer=nn.TransformerDecoderLayer(D, 2, 2 * D, 0.25)),
         data((T, B, D), (T, B, D)),
-        "residual residual hidden residual",
+        "attention residual attention residual hidden residual",
     ),
     "parallel block": Case(
         net(

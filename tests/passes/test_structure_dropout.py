@@ -215,14 +215,14 @@ def test_no_product_is_said_first() -> None:
         assert refused(decision) is Reason.NO_PRODUCT
 
 
-def test_fallback_random(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_random() -> None:
     """The masks are those of eager mode: auto structures nothing, a pattern still does."""
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
-    ops, (decision,) = run(hidden, X, W, V, options=Options())
-    assert refused(decision) is Reason.FALLBACK_RANDOM
-    assert "aten.bernoulli.p" in ops
-    _, (decision,) = run(hidden, X, W, V)
-    assert decision.reason is Reason.STRUCTURED
+    with torch._inductor.config.patch(fallback_random=True):
+        ops, (decision,) = run(hidden, X, W, V, options=Options())
+        assert refused(decision) is Reason.FALLBACK_RANDOM
+        assert "aten.bernoulli.p" in ops
+        _, (decision,) = run(hidden, X, W, V)
+        assert decision.reason is Reason.STRUCTURED
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
