@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from benchmarks._measure import header, table, write
-from benchmarks._small_tasks import SmallTask, small_tasks
-from benchmarks._tasks import mean_and_error
-from benchmarks.quality import Look, train
+from benchmarks._small_tasks import small_tasks
+from benchmarks._tasks import Task, mean_and_error
+from benchmarks.quality import train
 from torch import Tensor, nn
 
 import ardd
@@ -53,7 +53,7 @@ class Run:
     side: str
     seed: int
     value: float
-    """Final accuracy in percent, or the best validation loss in nats."""
+    """Accuracy in percent or loss in nats on the validation set, after the last step."""
     seconds: float
     """Of all cores, so that other processes do not count."""
     roles: tuple[str, ...] = ()
@@ -106,15 +106,18 @@ def options_of(side: str) -> Options | None:
     return {**PATTERNS[pattern], **kinds, "strict": True, "target": "eager"}
 
 
-def run_side(small: SmallTask, p: float, side: str, seeds: int, runs: Runs) -> None:
+def by_accuracy(task: Task) -> bool:
+    """Whether a task is judged by its accuracy, else by its loss."""
+    return task.metric == "accuracy %"
+
+
+def run_side(task: Task, p: float, side: str, seeds: int, runs: Runs) -> None:
     """Trains what is missing of a side; compiles once."""
     rate = 0.0 if side == "none" else p
-    name = small.task.name
-    missing = [s for s in range(seeds) if (name, rate, side, s) not in runs.found]
+    missing = [s for s in range(seeds) if (task.name, rate, side, s) not in runs.found]
     if not missing:
         return
     torch.compiler.reset()
-    task = small.task
     model = task.build(rate)
     run: Callable[[Tensor], Tensor] = model
     options = options_of(side)
@@ -124,10 +127,14 @@ def run_side(small: SmallTask, p: float, side: str, seeds: int, runs: Runs) -> N
     roles, used = ((), "") if options is None else seen(model)
     for seed in missing:
         start = time.process_time()
-        value = best(small, train(task, model, run, rate, seed, small.looks))
+        (look,) = train(task, model, run, rate, seed, looks=1)
+        value = look.metric if by_accuracy(task) else look.loss
         took = time.process_time() - start
-        runs.add(Run(name, rate, side, seed, value, took, roles, used))
-        print(f"{name}, p={rate}, {side}, seed {seed}: {value:.3f}, {took:.1f} s", file=sys.stderr)
+        runs.add(Run(task.name, rate, side, seed, value, took, roles, used))
+        print(
+            f"{task.name}, p={rate}, {side}, seed {seed}: {value:.3f}, {took:.1f} s",
+            file=sys.stderr,
+        )
 
 
 def seen(model: nn.Module) -> tuple[tuple[str, ...], str]:
@@ -137,40 +144,34 @@ def seen(model: nn.Module) -> tuple[tuple[str, ...], str]:
     return tuple(sorted(roles)), f"{sum(d.taken for d in decisions)} of {len(decisions)}"
 
 
-def best(small: SmallTask, looks: Sequence[Look]) -> float:
-    if small.higher_is_better:
-        return looks[-1].metric
-    return min(look.loss for look in looks)
-
-
 def difference(runs: Sequence[Run], base: Sequence[Run]) -> tuple[float, float]:
     """Returns the mean of ``runs - base`` within seeds, and its standard error."""
     values = {run.seed: run.value for run in base}
     return mean_and_error([run.value - values[run.seed] for run in runs])
 
 
-def is_informative(small: SmallTask, p: float, seeds: int, runs: Runs) -> bool:
-    none, bernoulli = (runs.of(small.task.name, p, side, seeds) for side in STOCK)
+def is_informative(task: Task, p: float, seeds: int, runs: Runs) -> bool:
+    none, bernoulli = (runs.of(task.name, p, side, seeds) for side in STOCK)
     mean, error = difference(bernoulli, none)
-    gain = mean if small.higher_is_better else -mean
+    gain = mean if by_accuracy(task) else -mean
     return gain > 0 and gain >= ENOUGH * error
 
 
 def run_rate(
-    small: SmallTask, p: float, seeds: int, runs: Runs, chosen: Sequence[str], *, everything: bool
+    task: Task, p: float, seeds: int, runs: Runs, chosen: Sequence[str], *, everything: bool
 ) -> None:
     """Trains all sides of a task at one rate, those of the kinds that the model has at last."""
     for side in STOCK:
-        run_side(small, p, side, seeds, runs)
-    full = everything or is_informative(small, p, seeds, runs)
+        run_side(task, p, side, seeds, runs)
+    full = everything or is_informative(task, p, seeds, runs)
     for side in PATTERNS:
         if (full or side in ALWAYS) and is_chosen(side, chosen):
-            run_side(small, p, side, seeds, runs)
+            run_side(task, p, side, seeds, runs)
     if full:
-        block = runs.of(small.task.name, p, "block", seeds)
+        block = runs.of(task.name, p, "block", seeds)
         for kind in block[0].roles if block else ():
             if is_chosen(f"block:{kind}", chosen):
-                run_side(small, p, f"block:{kind}", seeds, runs)
+                run_side(task, p, f"block:{kind}", seeds, runs)
 
 
 def is_chosen(side: str, chosen: Sequence[str]) -> bool:
@@ -186,12 +187,11 @@ def sides_of(task: str, p: float, runs: Runs) -> list[str]:
     return ["none", *(side for side in ("Bernoulli", *PATTERNS) if side in ran), *kinds]
 
 
-def rows(small: SmallTask, p: float, seeds: int, runs: Runs) -> Iterator[list[str]]:
-    name = small.task.name
-    bernoulli = runs.of(name, p, "Bernoulli", seeds)
-    verdict = "" if is_informative(small, p, seeds, runs) else "uninformative"
-    for side in sides_of(name, p, runs):
-        found = runs.of(name, p, side, seeds)
+def rows(task: Task, p: float, seeds: int, runs: Runs) -> Iterator[list[str]]:
+    bernoulli = runs.of(task.name, p, "Bernoulli", seeds)
+    verdict = "" if is_informative(task, p, seeds, runs) else "uninformative"
+    for side in sides_of(task.name, p, runs):
+        found = runs.of(task.name, p, side, seeds)
         if len(found) < seeds:
             continue
         mean, error = mean_and_error([run.value for run in found])
@@ -200,24 +200,24 @@ def rows(small: SmallTask, p: float, seeds: int, runs: Runs) -> Iterator[list[st
         gap = ""
         if side != "Bernoulli":
             mean, error = difference(found, bernoulli)
-            worse = -mean if small.higher_is_better else mean
+            worse = -mean if by_accuracy(task) else mean
             gap = f"{mean:+.3f} ± {error:.3f}"
             gap = f"**{gap}**" if side != "none" and worse > ENOUGH * error else gap
         yield [*cells, gap, f"{seconds:.1f}", verdict]
 
 
-def tables(tasks: Sequence[SmallTask], rates: Sequence[float], seeds: int, runs: Runs) -> str:
+def tables(tasks: Sequence[Task], rates: Sequence[float], seeds: int, runs: Runs) -> str:
     """Returns the tables of what has run."""
     text = []
-    for small in tasks:
-        unit = "accuracy, %" if small.higher_is_better else "best validation loss, nats"
+    for task in tasks:
+        unit = "accuracy, %" if by_accuracy(task) else "validation loss, nats"
         headings = ["p", "masks", "rewritten", unit, "- Bernoulli's", "CPU s a run", ""]
         cells: list[list[str]] = []
         for p in rates:
-            if len(runs.of(small.task.name, p, "Bernoulli", seeds)) == seeds:
-                cells += rows(small, p, seeds, runs)
+            if len(runs.of(task.name, p, "Bernoulli", seeds)) == seeds:
+                cells += rows(task, p, seeds, runs)
         if cells:
-            text += [f"\n## {small.task.name}, {small.task.steps} steps\n", table(headings, cells)]
+            text += [f"\n## {task.name}, {task.steps} steps\n", table(headings, cells)]
     text += [f"\n{seeds} seeds; mean ± standard error over them, of the differences within seeds"]
     text += ["in the fifth column. Uninformative: Bernoulli does not beat none by two standard"]
     text += ["errors there. **Bold**: worse than Bernoulli by more than two."]
@@ -249,9 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     top = header("quality_kinds", "Quality of each kind of mask", argv, device)
     runs = Runs(args.resume)
     tasks = [known[name]() for name in args.tasks or known]
-    for small in tasks:
+    for task in tasks:
         for p in args.p:
-            run_rate(small, p, args.seeds, runs, args.sides, everything=args.all)
+            run_rate(task, p, args.seeds, runs, args.sides, everything=args.all)
             if args.out:  # hours of training are not lost with the rest
                 text = top + tables(tasks, args.p, args.seeds, runs)
                 write(args.out, "quality_kinds", device, text)
