@@ -328,9 +328,13 @@ def characters_task(text: Path) -> Task:
 
 
 def words_task(train: Path, valid: Path) -> Task:
-    """Two LSTMs of 128 units on 30,000 words, 2,000 told apart, seen 25 times."""
-    task = words(train, valid, 1_070, 30_000, known=2_000, units=128)
-    return dataclasses.replace(task, optimizer=adamw(2e-3))
+    """Two LSTMs of 128 units on 5,000 words, 1,000 told apart, in 600 steps of 700 words.
+
+    With 10,000 words, or at less than half the learning rate, no side has begun to overfit when it
+    ends, and with 3,000 all sides have: there dropout is 0.05 nats worse than none.
+    """
+    task = words(train, valid, 600, 5_000, known=1_000, units=128)
+    return dataclasses.replace(task, optimizer=adamw(1e-2))
 
 
 def small_tasks(
