@@ -26,17 +26,27 @@ HIGHEST_RATES: Final[Mapping[Role, float]] = {
 }
 """By role, the highest rate that "auto" structures, with the measurement that it rests on."""
 
+HIGHEST_RATES_OF_TOKENS: Final[Mapping[Role, float]] = {
+    # At 0.5 a point of accuracy is lost: quality_kinds_cpu_202611.md, "tuned encoder".
+    Role.HIDDEN: 0.4,
+}
+"""The same where a mask is shared by the tokens or places of a sample, not by samples alone."""
 
-def left_random(role: Role, p: float, options: Options) -> Reason | None:
+
+def left_random(role: Role, p: float, of_tokens: bool, options: Options) -> Reason | None:
     """Returns why a dropout stays random whatever it would save, None if it need not.
 
     Args:
         role: What it does in its network.
         p: Its rate.
+        of_tokens: Whether a sample has many rows of features: more than two dimensions are dropped.
         options: What the user asked for.
     """
     if options.structure != "auto":
         return None if role.value in options.structure else Reason.NOT_CHOSEN
-    if options.pattern == "auto" and p > HIGHEST_RATES.get(role, 0.0):
-        return Reason.QUALITY
-    return None
+    if options.pattern != "auto":
+        return None
+    highest = HIGHEST_RATES.get(role, 0.0)
+    if of_tokens:
+        highest = min(highest, HIGHEST_RATES_OF_TOKENS.get(role, highest))
+    return Reason.QUALITY if p > highest else None

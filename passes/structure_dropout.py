@@ -255,8 +255,8 @@ class StructureDropout:
 
     def _left_random(self, mask: fx.Node) -> Reason | None:
         """Returns why a mask that could be structured is better left random, None if it is not."""
-        site = self._site(mask)
-        return left_random(site.role or Role.OTHER, site.p, self.options)
+        site, of_tokens = self._site(mask), mask.meta["val"].dim() > 2
+        return left_random(site.role or Role.OTHER, site.p, of_tokens, self.options)
 
     def _refused(self, mask: fx.Node, support: Support) -> Reason | None:
         """Returns why a mask cannot be structured whatever it costs, None if it can."""

@@ -19,19 +19,20 @@ STRUCTURED_PATTERNS = ("block", "grouped", "window", "row")
 class Encoder(nn.Module):
     """A block of a transformer with dropouts of four roles, wide enough to pay."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, p: float = 0.375) -> None:
         super().__init__()
+        self.p = p
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, 0.5)
+        x = F.dropout(x, self.p)
         q, k, v = self.qkv(self.norms[0](x)).chunk(3, -1)
-        weights = F.dropout((q @ k.transpose(-1, -2) / 8).softmax(-1), 0.5)
-        x = x + F.dropout(self.project(weights @ v), 0.5)
-        hidden = F.dropout(self.up(self.norms[1](x)).relu(), 0.5)
-        return x + F.dropout(self.down(hidden), 0.5)
+        weights = F.dropout((q @ k.transpose(-1, -2) / 8).softmax(-1), self.p)
+        x = x + F.dropout(self.project(weights @ v), self.p)
+        hidden = F.dropout(self.up(self.norms[1](x)).relu(), self.p)
+        return x + F.dropout(self.down(hidden), self.p)
 
 
 ROLES = [Role.RESIDUAL, Role.ATTENTION, Role.RESIDUAL, Role.HIDDEN, Role.RESIDUAL]
@@ -83,9 +84,9 @@ def test_roles_choose(pattern: str, structure: tuple[str, ...]) -> None:
             assert decision.flops_after == decision.flops_before
 
 
-def wide_encoder(**options: Any) -> ardd.Report:
+def wide_encoder(p: float = 0.375, **options: Any) -> ardd.Report:
     """So wide that structure pays, whichever dropout it is."""
-    return explained(Encoder(256), torch.randn(16, 64, 256), **options)
+    return explained(Encoder(256, p), torch.randn(16, 64, 256), **options)
 
 
 def test_auto_structures_what_trains_as_well() -> None:
@@ -117,6 +118,14 @@ def test_auto_leaves_high_rates_random() -> None:
         layers = [nn.Linear(256, 1024), nn.ReLU(), nn.Dropout(p), nn.Linear(1024, 256)]
         (decision,) = explained(nn.Sequential(*layers), torch.randn(512, 256)).decisions
         assert (decision.role, decision.reason) == (Role.HIDDEN, reason)
+
+
+def test_auto_leaves_lower_rates_random_where_tokens_share_a_mask() -> None:
+    """Of the same role; who names it has it structured."""
+    hidden = ROLES.index(Role.HIDDEN)
+    for p, reason in ((0.4, Reason.STRUCTURED), (0.5, Reason.QUALITY)):
+        assert reasons(wide_encoder(p))[hidden] is reason
+    assert reasons(wide_encoder(0.5, structure=("hidden",)))[hidden] is Reason.STRUCTURED
 
 
 class DropConnect(nn.Module):
