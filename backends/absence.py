@@ -61,6 +61,7 @@ def explain_absence(
     absence.rnn()
     absence.lost_path()
     absence.fused_attention()
+    absence.called_by_owner()
     absence.not_captured()
     return tuple(absence.notes)
 
@@ -234,8 +235,8 @@ class _Absence:
         self._settle(
             inside,
             "the dropout of attention weights is inside scaled_dot_product_attention (in "
-            "nn.MultiheadAttention with need_weights=False) and runs as without ardd; to have it "
-            "structured, write the attention out with softmax, dropout and matmul",
+            "nn.MultiheadAttention with need_weights=False) and runs as without ardd; it would not "
+            "be structured written out either",
         )
         kind = "scaled_dot_product_attention"
         written_out = [d.module for d in self.decisions if d.kind == kind]
@@ -248,6 +249,21 @@ class _Absence:
             f"its rate is an argument of {kind}, which has a row with the path of the module "
             "around it",
         )
+
+    def called_by_owner(self) -> None:
+        """A module may hold an nn.Dropout and call F.dropout with its rate, as transformers do."""
+        rows = {(d.module, d.p) for d in self.decisions if d.module not in self._paths_of_holders()}
+        self._settle(
+            [
+                holder
+                for holder in self.missing
+                if any((path.rpartition(".")[0], holder.p) in rows for path in holder.aliases)
+            ],
+            "not called itself; a dropout of its rate has a row with the path of the module around",
+        )
+
+    def _paths_of_holders(self) -> set[str]:
+        return {path for holder in self.holders for path in holder.aliases}
 
     def not_captured(self) -> None:
         """The rest: the graphs broke, the module did not run, or nothing did."""

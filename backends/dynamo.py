@@ -12,7 +12,12 @@ from typing import Any, Final
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._dynamo.exc import (
+    RestartAnalysis,
+    ShortenTraceback,
+    SkipFrame,
+    exceptions_allowed_to_be_fallback,
+)
 
 from ..core import report
 from ..core.errors import (
@@ -172,14 +177,14 @@ def compile_marked(
             return _as_it_is(original, inputs, compilation, target)
         indices = range(len(inputs))
         compilation.parameters = [i for i in indices if isinstance(inputs[i], torch.nn.Parameter)]
-        compilation.hints = [size_hint(x) for x in inputs if isinstance(x, torch.SymInt)]
         try:
+            compilation.hints = [size_hint(x) for x in inputs if isinstance(x, torch.SymInt)]
             with keep_autocast():
                 return target(marked, inputs, compilation)
         except BudgetError:
             raise
-        except (RestartAnalysis, SkipFrame):
-            raise  # how Dynamo is told to trace anew, or not at all
+        except (RestartAnalysis, SkipFrame, *exceptions_allowed_to_be_fallback):
+            raise  # how Dynamo is told to trace anew, to break the graph, or not to trace at all
         except Exception as cause:
             return _run_original(original, inputs, compilation, target, _named(cause))
 
@@ -258,7 +263,7 @@ def _mode_patches(mode: str | None) -> dict[str, Any]:
         return {}
     known = torch._inductor.list_mode_options()
     if mode not in known and mode != "default":
-        raise OptionsError.bad_value("mode", mode, ", ".join(["default", *known]))
+        raise OptionsError.bad_value("mode", mode, ", ".join(dict.fromkeys(["default", *known])))
     return dict(known.get(mode, {}))
 
 

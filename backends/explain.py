@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import sys
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from ..core.errors import ArddError
 from ..core.report import GraphReport, Report
+from ..passes.attention_calls import keep_autocast
 from ..passes.split_rnns import SplitRnns
 from .absence import explain_absence, roots_of
 from .compilation import Compilation
@@ -61,16 +63,17 @@ def explain(
     parsed = parse_options(options)
     as_torch = dataclasses.replace(parsed, saves="off", memory_budget=None)
     entries: list[GraphReport] = []
+    beside: list[str] = []
 
     def dry_run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation, stock = Compilation(parsed), Compilation(as_torch)
+        compilation = Compilation(parsed)
         try:
             traced = compile_marked(gm, inputs, compilation, trace_with_inductor)
         except ArddError as error:
             raise unwrapped(error) from error.__cause__
-        stock_gm = copy_graph_module(gm)
-        SplitRnns().apply(stock_gm)  # or torch would take minutes, to lose a dropout
-        trace_with_inductor(stock_gm, inputs, stock)
+        stock, failed = _trace_stock(gm, inputs, Compilation(as_torch))
+        if failed:
+            beside.append(f"What stock torch would save for backward is not known: {failed}.")
         entry, place = compilation.report(stock), len(entries)
         entries.append(entry)
 
@@ -93,7 +96,31 @@ def explain(
         decisions = [decision for entry in entries for decision in entry.decisions]
         notes = explain_absence(fn, len(entries), decisions, [*(_breaks() - breaks)])
     forget_rnns(rnn_breaks() - rnns)  # said here, and not in the report of what was compiled
-    return Report(tuple(entries), notes)
+    return Report(tuple(entries), (*notes, *dict.fromkeys(beside)))
+
+
+def _trace_stock(
+    gm: fx.GraphModule, inputs: Sequence[Any], stock: Compilation
+) -> tuple[Compilation | None, str]:
+    """Traces a graph without ardd, to compare with.
+
+    It is no part of what the user runs: its guards are not kept, and where it fails so does the
+    comparison alone.
+
+    Returns:
+        The compile, None where it failed, and why it did.
+    """
+    context = torch._guards.TracingContext.try_get()
+    shapes = context.fake_mode.shape_env if context and context.fake_mode else None
+    try:
+        stock_gm = copy_graph_module(gm)
+        SplitRnns().apply(stock_gm)  # or torch would take minutes, to lose a dropout
+        with shapes.suppress_guards() if shapes else contextlib.nullcontext(), keep_autocast():
+            trace_with_inductor(stock_gm, inputs, stock)
+    except Exception as cause:  # whatever torch, or a pass of the user's, may raise
+        lines = str(cause).strip().splitlines()
+        return None, f"{type(cause).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"
+    return stock, ""
 
 
 # What a function was compiled for here must not count against the limit of its recompiles, at

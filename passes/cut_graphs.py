@@ -186,9 +186,14 @@ def bytes_of(node: fx.Node) -> int:
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """Returns a size in this call, 1 for one that only the running program knows."""
+    """Returns a size in this call, 1 for one that only the running program knows.
+
+    The ragged size of a nested tensor is none: it stands for a tensor of them, without a number.
+    """
     if isinstance(size, int):
         return size
+    if size.node.is_nested_int():
+        return 1
     return int(size.node.hint) if size.node.has_hint() else 1
 
 

@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from ..core.decisions import PassResult
 from ..runtime.rnn_layer import choose_kernel, rnn_layer
+from ..runtime.rnn_onednn import supports
+from .attention_calls import Autocast, attention_calls
 from .dynamo_nodes import is_floating, op_name, tensor_of
 from .match_dropout_calls import RNNS, WRITTEN_AS
 from .sites import clean_path, source_name
@@ -44,9 +46,10 @@ class SplitRnns:
     ``num_layers < i - 1``, which is never so (torch 2.11 to 2.13).
 
     1. A layer becomes one op for each direction if all of its tensors have one floating type and
-       one device, the sequences are not packed, and there are no projections.
-    2. Else, and under autocast, it becomes a call of the RNN for that layer alone, which is left
-       to torch. Where there is no dropout in between, it is not touched at all.
+       one device, the sequences are not packed, and there are no projections. Under autocast to
+       bf16 on a CPU an LSTM's tensors are converted first, as torch does before oneDNN's LSTM.
+    2. Else, and under any other autocast, it becomes a call of the RNN for that layer alone, which
+       is left to torch. Where there is no dropout in between, it is not touched at all.
     3. Without a dropout in between, as in eval mode, layers are split all the same.
     4. With ``project``, on a CPU, the product with the input is a ``linear`` before the op, in
        which groups of time steps can have kept sets of their own.
@@ -65,11 +68,10 @@ class SplitRnns:
             gm: A graph as Dynamo hands it to a backend; values are in ``meta["example_value"]``.
         """
         modified = False
-        for module in gm.modules():
-            if not isinstance(module, fx.GraphModule):
-                continue
-            calls = list(_calls_in(module))
-            changed = [_split(call, self.project) for call in calls]
+        modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+        running_in = _autocast_of(gm, modules)
+        for module in modules:
+            changed = [_split(c, self.project, running_in(c)) for c in _calls_in(module)]
             if any(changed):
                 module.graph.lint()
                 module.recompile()
@@ -135,7 +137,8 @@ class _Call:
 
 
 def _calls_in(gm: fx.GraphModule) -> Iterator[_Call]:
-    for node in gm.graph.nodes:
+    """Yields the calls, each as it stands once those before it were split: it may read them."""
+    for node in list(gm.graph.nodes):
         kind = op_name(node)
         if kind not in RNNS:
             continue
@@ -149,14 +152,14 @@ def _calls_in(gm: fx.GraphModule) -> Iterator[_Call]:
             yield _Call(node, kind, packed, args)
 
 
-def _split(call: _Call, project: bool) -> bool:
+def _split(call: _Call, project: bool, autocast: Autocast | None) -> bool:
     """Replaces a call, and returns whether it did."""
-    as_ops = _fits_op(call)
+    dtype = _op_dtype(call, autocast)
     # Torch 2.11 gives the last states of a layer with projections a dimension too many.
-    if not as_ops and not call.drops and not call.projects:
+    if dtype is None and not call.drops and not call.projects:
         return False
     build = _Builder(call)
-    results = build.ops(project) if as_ops else build.calls()
+    results = build.calls() if dtype is None else build.ops(project, dtype)
     node = call.node
     for user in list(node.users):
         if user.target is operator.getitem:
@@ -168,21 +171,52 @@ def _split(call: _Call, project: bool) -> bool:
     return True
 
 
-def _fits_op(call: _Call) -> bool:
+def _op_dtype(call: _Call, autocast: Autocast | None) -> torch.dtype | None:
+    """Returns the type that a call computes in as ops, None if it has to stay a call.
+
+    Args:
+        call: The call.
+        autocast: That which it runs under, None if that is not known.
+    """
     tensors = [call.x, *call.states, *call.args["params"]]
     values = [tensor_of(tensor) for tensor in tensors]
     if call.packed or not all(is_floating(tensor) for tensor in tensors):
-        return False
-    if call.projects:
-        return False
-    first = values[0]
+        return None
+    if call.projects or autocast is None:
+        return None
+    first, hidden = values[0], values[1]
     assert first is not None
-    if any(v is None or (v.dtype, v.device) != (first.dtype, first.device) for v in values):
-        return False
-    autocast = torch.is_autocast_enabled(first.device.type) or any(
-        "autocast" in str(node.target) for node in call.node.graph.nodes
-    )
-    return first.dim() == 3 and not autocast
+    assert hidden is not None
+    if first.dim() != 3 or any(v is None or v.device != first.device for v in values):
+        return None
+    dtypes = {v.dtype for v in values if v is not None}
+    if not autocast.enabled:
+        return first.dtype if len(dtypes) == 1 else None
+    # Of all RNNs only oneDNN's LSTM is one op to autocast: it converts all that goes into it.
+    if autocast.dtype != torch.bfloat16 or not dtypes <= {torch.float32, torch.bfloat16}:
+        return None
+    converted = first.new_empty(first.shape, dtype=torch.bfloat16)
+    return torch.bfloat16 if supports(call.kind, converted, hidden.shape[-1]) else None
+
+
+def _autocast_of(
+    gm: fx.GraphModule, modules: Sequence[fx.GraphModule]
+) -> Callable[[_Call], Autocast | None]:
+    """Returns what tells the autocast that a call runs under, None where that is not known."""
+    known = {c.node: c.autocast for name in RNNS for c in attention_calls(gm, name)}
+    off = Autocast(enabled=False, dtype=torch.get_autocast_dtype("cpu"))
+    nodes = [node for module in modules for node in module.graph.nodes]
+    switched = any("autocast" in str(node.target) for node in nodes)
+    ambient = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+    def running_in(call: _Call) -> Autocast | None:
+        if not switched and not ambient:
+            return off
+        value = tensor_of(call.x)
+        on_cpu = value is not None and value.device.type == "cpu"
+        return known.get(call.node) if on_cpu else None
+
+    return running_in
 
 
 class _Builder:
@@ -223,18 +257,26 @@ class _Builder:
         node.meta[WRITTEN_AS] = self.call.kind
         return node
 
-    def ops(self, project: bool) -> list[fx.Node]:
-        """Adds one op for every layer and direction."""
+    def converted(self, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Adds the conversion of an argument to a type, if it has another."""
+        value = tensor_of(tensor)
+        assert value is not None
+        return tensor if value.dtype == dtype else self.add("to", tensor, dtype)
+
+    def ops(self, project: bool, dtype: torch.dtype) -> list[fx.Node]:
+        """Adds one op for every layer and direction, which computes in a type."""
         call, has_biases = self.call, self.call.args["has_biases"]
         batch_first = call.args["batch_first"]
-        x = self.add("transpose", call.x, 0, 1) if batch_first else call.x
+        given_x, *states = (self.converted(tensor, dtype) for tensor in (call.x, *call.states))
+        x = self.add("transpose", given_x, 0, 1) if batch_first else given_x
         last: list[list[fx.Node]] = [[] for _ in call.states]
         for layer in range(call.layers):
             results = []
             for direction in range(call.directions):
                 place = layer * call.directions + direction
-                first = [self.add(operator.getitem, state, place) for state in call.states]
-                given = call.weights[place] if has_biases else [*call.weights[place], None, None]
+                first = [self.add(operator.getitem, state, place) for state in states]
+                weights = [self.converted(weight, dtype) for weight in call.weights[place]]
+                given = weights if has_biases else [*weights, None, None]
                 value = tensor_of(x)
                 hidden = tensor_of(first[0])
                 assert value is not None
@@ -246,7 +288,7 @@ class _Builder:
                     w_ih, w_hh, b_ih, b_hh = given
                     given = [None, w_hh, None, b_hh]
                     # Its rows come in the order of those of the dropout before it.
-                    gets = self.add(F.linear, x if layer else call.x, w_ih, b_ih)
+                    gets = self.add(F.linear, x if layer else given_x, w_ih, b_ih)
                     if batch_first and not layer:
                         gets = self.add("transpose", gets, 0, 1)
                 op = self.add(
@@ -255,14 +297,14 @@ class _Builder:
                     *(call.kind, direction == 1, kernel, False),
                 )
                 results.append(self.add(operator.getitem, op, 0))
-                for number, states in enumerate(last):
-                    states.append(self.add(operator.getitem, op, 1 + number))
+                for number, lasts in enumerate(last):
+                    lasts.append(self.add(operator.getitem, op, 1 + number))
             x = results[0] if len(results) == 1 else self.add(torch.cat, results, -1)
             if call.drops and layer < call.layers - 1:
                 x = self.dropout(x)
         if batch_first:
             x = self.add("transpose", x, 0, 1)
-        return [x, *(self.add(torch.stack, states) for states in last)]
+        return [x, *(self.add(torch.stack, lasts) for lasts in last)]
 
     def calls(self) -> list[fx.Node]:
         """Adds one call of the RNN for every layer."""

@@ -21,6 +21,7 @@ from .feature_dims import feature_axes, forward_nodes
 from .find_roles import find_roles
 from .match_dropout_calls import ALPHA_KINDS, ATTENTION
 from .meet_budget import allowed_flops, meet_budget
+from .plain_zeros import plain_zeros
 from .plan_groups import GROUPS, HIGH_RATE, GroupPlan, plan_groups
 from .plan_patterns import Verdict, plan_patterns
 from .price_groups import GroupPricer
@@ -97,6 +98,7 @@ class StructureDropout:
         masks = masks_in(graph)
         if not masks:
             return StructureResult(modified=False)
+        plain_zeros(graph)
         roles = {
             mask.args[4]: role
             for mask, role in find_roles(graph, masks, inputs_in(graph, self.parameters)).items()

@@ -95,6 +95,8 @@ def backward(
 ) -> list[Tensor]:
     """Returns the gradients of x, h0, c0, w_ih, w_hh, b_ih and b_hh: oneDNN computes them all.
 
+    They have the type of x.
+
     Args:
         dy: gradient of y, None for zero, as for the next two.
         dh: gradient of the last h.
@@ -130,4 +132,5 @@ def backward(
         *(reverse, _LSTM, h0.shape[1], 1, True, True, False, [], False),
         workspace,
     )
-    return [dx, dh0.view(h0.shape), dc0.view(c0.shape), dw_ih, dw_hh, db_ih, db_hh]
+    grads = [dx, dh0.view(h0.shape), dc0.view(c0.shape), dw_ih, dw_hh, db_ih, db_hh]
+    return [grad.to(x.dtype) for grad in grads]  # oneDNN gives float32 for bfloat16

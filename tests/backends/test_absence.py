@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.utils import counters
 
+import ardd
 from ardd.backends.absence import explain_absence
 from ardd.core.decisions import Decision, Reason
 
@@ -267,6 +268,34 @@ def test_dropout_module_whose_rate_went_into_the_kernel() -> None:
     model = nn.ModuleDict({"attention": nn.ModuleDict({"drop": nn.Dropout()})})
     (note,) = explain_absence(model, 1, found("attention", reason=Reason.INSIDE_SDPA))
     assert note.startswith("attention.drop: the dropout of attention weights is inside ")
+
+
+def test_attention_written_out_is_not_structured_either() -> None:
+    """So no note may advise it: positions of a sequence are no features."""
+
+    def attend(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q = q @ w
+        return nn.functional.dropout((q @ q.mT).softmax(-1), 0.1) @ q
+
+    q, w = torch.randn(4, 8, 64), torch.randn(64, 64, requires_grad=True)
+    (decision,) = ardd.explain(attend, q, w, options={"pattern": "block"}).decisions
+    assert decision.reason is Reason.NO_PRODUCT
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2, dropout=0.3)})
+    (note,) = explain_absence(model, 1, [])
+    assert note.endswith("it would not be structured written out either.")
+
+
+def test_dropout_module_whose_rate_went_into_a_function() -> None:
+    """Attention of Hugging Face holds an nn.Dropout, and calls F.dropout with its rate."""
+    drop = nn.Dropout()
+    model = nn.ModuleDict({"attention": nn.ModuleDict({"drop": drop})})
+    assert explain_absence(model, 1, found("attention")) == (
+        "attention.drop: not called itself; a dropout of its rate has a row with the path of the "
+        "module around.",
+    )
+    drop.p = 0.25
+    (note,) = explain_absence(model, 1, found("attention"))
+    assert "not run in a captured graph" in note
 
 
 def test_graph_breaks() -> None:

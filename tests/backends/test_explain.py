@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ardd
+from ardd.backends.inductor import trace_with_inductor
 from ardd.core.decisions import Reason
 
 from .yardstick import EAGER, Net, check_exact, step
@@ -130,6 +131,63 @@ def test_nothing_rewritten_saves_what_stock_does_but_for_masks(options: dict[str
     assert report.saved_bytes_after == without + 2 * 8
     assert report.flops_before == report.flops_after > 0
     assert len(report.decisions) == 2
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(16, 16), nn.Dropout(0.25), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        def dropped(y: Tensor) -> Any:
+            return self.last(self.drop(self.first(y)))
+
+        return torch.cond(x.sum() > 0, dropped, self.last, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:ardd. Pass:RuntimeWarning")
+def test_dropout_in_a_branch_has_a_row() -> None:
+    """Torch draws its mask again in backward: there is nothing to compare with, and a note."""
+    report = ardd.explain(Branches(), torch.randn(4, 16))
+    assert {d.reason for d in report.decisions} == {Reason.SUBGRAPH}
+    assert report.graphs[0].saved_bytes_before is None
+    assert any("is not known: RedrawError: The backward graph" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("error", [ValueError(), RuntimeError("one line.\nanother")])
+def test_stock_torch_fails_where_ardd_does_not(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace(gm: Any, inputs: Any, compilation: Any) -> Any:
+        if compilation.options.saves == "off":
+            raise error
+        return trace_with_inductor(gm, inputs, compilation)
+
+    monkeypatch.setattr("ardd.backends.explain.trace_with_inductor", trace)
+    report = ardd.explain(Net(), torch.randn(4, 16), options=BLOCK)
+    assert [d.taken for d in report.decisions] == [True, True]
+    assert report.saved_bytes_before is None
+    why = "RuntimeError: one line" if error.args else "ValueError: no message"
+    assert report.notes == (f"What stock torch would save for backward is not known: {why}.",)
+
+
+def test_stock_torch_leaves_no_guards() -> None:
+    """Its search for attention adds guards on symbols that no input has, on which Dynamo fails."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.drop = nn.Linear(64, 192), nn.Linear(64, 64), nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Any:
+            split = self.qkv(x).chunk(3, -1)
+            q, k, v = (t.view(4, 8, 4, 16).transpose(1, 2) for t in split)
+            scores = self.drop((q @ k.transpose(-1, -2) / 4).softmax(-1))
+            return self.out((scores @ v).transpose(1, 2).reshape(4, 8, 64))
+
+    report = ardd.explain(Attention(), torch.randn(4, 8, 64))
+    assert len(report.decisions) == 1
+    assert report.notes == ()
 
 
 def test_eval_mode() -> None:

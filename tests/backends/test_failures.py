@@ -356,3 +356,33 @@ def test_dynamo_may_start_anew() -> None:
     options = EAGER | {"target": "eager"}
     compiled = torch.compile(scaled, backend="ardd", dynamic=True, options=options)
     assert warned(lambda: [compiled(torch.randn(32, 64), s) for s in (2.0, 3.0)]) == []
+
+
+@pytest.mark.parametrize("pattern", ["auto", "block"])
+def test_data_dependent_ops_break_the_graph(pattern: str) -> None:
+    """Dynamo turns such an error of a backend into a graph break, and both halves run."""
+    options = {**EAGER, "pattern": pattern}
+
+    def narrow(x: Tensor, w: Tensor, start: Tensor) -> Tensor:
+        return torch.narrow(F.dropout(F.linear(x, w), 0.5), 0, start, 3) * 2
+
+    x, w = torch.randn(6, 64), torch.randn(64, 64, requires_grad=True)
+    result = torch.compile(narrow, backend="ardd", options=options)(x, w, torch.tensor(1))
+    assert result.shape == (3, 64)
+    assert not any(graph.failure for graph in ardd.report().graphs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_jagged_tensors(p: float) -> None:
+    """The ragged size of a batch of sequences is no number, and no failure."""
+    layers = (torch.nn.Linear(16, 32), torch.nn.Dropout(p), torch.nn.Linear(32, 4))
+    model = torch.nn.Sequential(*layers)
+    parts = [torch.randn(rows, 16) for rows in (3, 7, 5)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    y = torch.compile(model, backend="ardd", options=EAGER)(x)
+    y.values().sum().backward()
+    assert y.values().shape == (15, 4)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert [d.reason for d in ardd.report().decisions] == [Reason.HAND_MASK] * (p > 0)
+    if not p:
+        torch.testing.assert_close(y.values(), model(torch.cat(parts)))

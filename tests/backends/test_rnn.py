@@ -222,6 +222,52 @@ def test_checkpoint() -> None:
     assert [d.taken for d in decisions] == [True] * 3
 
 
+class Chain(nn.Module):
+    """RNNs that read the results of each other: the outputs, and the states of an LSTM."""
+
+    def __init__(self, *kinds: str, twice: bool = False, p: float = 0.5, **kwargs: Any) -> None:
+        super().__init__()
+        width = 16 // (2 if kwargs else 1)
+        made = [KINDS[kind](width, 16, 2, dropout=p, **kwargs) for kind in kinds]
+        self.rnns = nn.ModuleList(made * 2 if twice else made)
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: dict[str, Any] = {}
+        for rnn in self.rnns:
+            kind = type(rnn).__name__  # a state is that of the last RNN of its kind
+            x, states[kind] = rnn(x, states.get(kind))
+        y: Tensor = self.head(x)
+        return y
+
+
+CHAINS: dict[str, Callable[[], Chain]] = {
+    "two LSTMs": lambda: Chain("lstm", "lstm"),
+    "three kinds": lambda: Chain("lstm", "gru", "rnn_tanh", "lstm"),
+    "called twice": lambda: Chain("gru", twice=True),
+    "with projections": lambda: Chain("lstm", "lstm", proj_size=8),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_one_reads_what_another_gives(name: str) -> None:
+    """Outputs and states; each call is split as it stands after those before it."""
+    module = CHAINS[name]().double()
+    decisions = check(module, f(5, 3, module.head.in_features).requires_grad_())
+    assert len(decisions) == len(module.rnns)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_two_modules_in_a_row_through_inductor(p: float) -> None:
+    module = Chain("lstm", "lstm", p=p)
+    x = torch.randn(3, 2, 16, requires_grad=True)
+    compiled = ardd.compile(module, options={"strict": True}, fullgraph=True)
+    compiled(x).sum().backward()
+    assert [d.kind for d in ardd.report().decisions] == ["lstm"] * (2 if p else 0)
+    module.eval()
+    torch.testing.assert_close(compiled(x), module(x))
+
+
 def test_without_gradients() -> None:
     with torch.no_grad():
         decisions = check(Tagger(nn.LSTM(16, 32, 2, dropout=0.5)).double(), f(5, 3, 16))
@@ -429,16 +475,75 @@ def test_bidirectional_projections_with_states() -> None:
     check(Tagger(rnn).double(), f(3, 2, 16).requires_grad_(), *states)
 
 
-def test_autocast() -> None:
-    """Types are mixed there: layer by layer, and the dropout is there."""
-    module = deep()
+class Cast(nn.Module):
+    """An LSTM under autocast that is opened around it, around a checkpoint of it, or inside."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.before = nn.Linear(16, 16)
+        self.rnns = nn.ModuleList(nn.LSTM(16, 16, 2, dropout=0.5) for _ in range(2))
+        self.after = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.way == "inside a checkpoint":
+            return checkpoint(self.cast, x, use_reentrant=False)
+        return self.cast(x)
+
+    def cast(self, x: Tensor) -> Any:
+        if self.way == "around the call":
+            return self.body(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            if self.way == "around a checkpoint":
+                return checkpoint(self.body, x, use_reentrant=False)
+            return self.body(x)
+
+    def body(self, x: Tensor) -> Any:
+        x = self.before(x) if self.way != "around the call" else x
+        for rnn in self.rnns:
+            x, _ = rnn(x)
+        return self.after(x)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+@pytest.mark.parametrize("pattern", ["block", "random"])
+@pytest.mark.parametrize(
+    "way", ["around the call", "in the graph", "around a checkpoint", "inside a checkpoint"]
+)
+def test_autocast(way: str, pattern: str) -> None:
+    """An LSTM computes in the type that it has in eager, and its dropout is there."""
+    module, x = Cast(way), torch.randn(3, 4, 16, requires_grad=True)
+    compiled = ardd.compile(module, options={**EAGER, "pattern": pattern})
+    around = torch.autocast("cpu", torch.bfloat16, enabled=way == "around the call")
+    with around:
+        first, second = compiled(x), compiled(x)
+    assert first.dtype == torch.bfloat16
+    assert not torch.equal(first, second)
+    assert [d.kind for d in ardd.report().decisions] == ["lstm", "lstm", "dropout"]
+    module.eval()
+    with around:
+        have, want = compiled(x), module(x)
+    torch.testing.assert_close(have, want)
+    parameters = list(module.parameters())[2 if way == "around the call" else 0 :]
+    grads = [torch.autograd.grad(y.float().square().sum(), parameters) for y in (have, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+
+
+def test_autocast_of_what_is_no_op_to_it() -> None:
+    """Layer by layer, left to torch, and the dropout is there."""
+    module = nn.GRU(16, 32, 2, dropout=0.5)
     compiled = ardd.compile(module, options=EAGER)
     x = torch.randn(3, 4, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         first, second = compiled(x)[0], compiled(x)[0]
+        assert first.dtype == module(x)[0].dtype
     assert not torch.equal(first, second)
     (decision,) = ardd.report().graphs[0].decisions
     assert decision.module == ""
+    assert "rnn_layer" not in ardd.report().after
 
 
 class Packed(nn.Module):

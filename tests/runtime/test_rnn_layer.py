@@ -120,6 +120,20 @@ def test_onednn_in_bfloat16() -> None:
     compare("lstm", "onednn", torch.bfloat16, reference=torch.bfloat16)
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs bfloat16 in oneDNN"
+)
+def test_gradients_of_onednn_have_the_type_of_the_arguments() -> None:
+    """OneDNN itself gives float32, which the next product of a compiled graph would refuse."""
+    shapes = [(STEPS, SAMPLES, 16), (SAMPLES, 16), (SAMPLES, 16), (64, 16), (64, 16), (64,), (64,)]
+    given = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    results = torch.ops.ardd.rnn_layer(*given, "lstm", False, "onednn", True)
+    y, _, c, *kept = results
+    call = ("lstm", False, "onednn", [True] * 7)
+    grads = torch.ops.ardd.rnn_layer_backward(y, None, None, *given, y, c, *kept, *call)
+    assert [grad.dtype for grad in grads] == [torch.bfloat16] * 7
+
+
 USED = [used for used in itertools.product([False, True], repeat=3) if any(used)]
 
 
