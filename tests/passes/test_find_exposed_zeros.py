@@ -78,7 +78,7 @@ NOT_SEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "h / (|h| + 1)": lambda h: h / (h.abs() + 1),
     "h / norm": lambda h: h / (h.norm(dim=-1, keepdim=True)),
     "normalize": lambda h: F.normalize(h, dim=-1) + h,
-    "norm of at least": lambda h: h / torch.clamp(h.norm(dim=0, keepdim=True), min=1e-6),
+    "norm of at least": lambda h: h / torch.clamp(h.detach().norm(dim=0, keepdim=True), min=1e-6),
     "SiLU by hand": lambda h: h / (1 + torch.exp(-h)),
     "h ** 2": lambda h: h**2,
     "quantised": lambda h: h / h.detach().abs().amax(-1, keepdim=True),
@@ -141,6 +141,7 @@ def _seeing() -> Iterator[tuple[Any, set[int]]]:
 def _places_of(op: Any) -> set[int]:
     """Returns the tensor operands whose zeros the op tells apart, or has no finite value at."""
     count = sum(str(argument.type) == "Tensor" for argument in op._schema.arguments)
+    first = int(str(op._schema.arguments[0].type) == "number")  # counts as an operand
     found = set()
     for place in range(count):
         for others in itertools.product((1.5, -2.0, 0.25), repeat=count - 1):
@@ -155,7 +156,7 @@ def _places_of(op: Any) -> set[int]:
                 plus, minus = results
                 undefined = plus.is_floating_point() and not plus.isfinite().all()
                 if undefined or not torch.equal(plus, minus):
-                    found.add(place)
+                    found.add(first + place)
     return found
 
 
