@@ -19,6 +19,7 @@ from ..core.errors import (
     ArddError,
     BudgetError,
     CostModelError,
+    DropoutRateError,
     OptionsError,
     PassError,
     RedrawError,
@@ -158,6 +159,8 @@ def compile_marked(
             WriteOutAttention().apply(marked)
         running = MarkDropout.name
         result = MarkDropout().apply(marked)
+    except DropoutRateError:
+        raise  # torch refuses the rate, the code compiled from the original would not
     except Exception as cause:
         compilation.found = find_suspects(original)
         with no_redraw(original):
