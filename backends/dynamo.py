@@ -24,6 +24,7 @@ from ..core.errors import (
     ArddError,
     BudgetError,
     CostModelError,
+    DropoutRateError,
     OptionsError,
     PassError,
     RedrawError,
@@ -163,6 +164,8 @@ def compile_marked(
             WriteOutAttention().apply(marked)
         running = MarkDropout.name
         result = MarkDropout().apply(marked)
+    except DropoutRateError:
+        raise  # torch refuses the rate, the code compiled from the original would not
     except Exception as cause:
         compilation.found = find_suspects(original)
         with no_redraw(original):

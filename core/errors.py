@@ -203,6 +203,15 @@ class RateError(ArddError, ValueError):
         )
 
 
+class DropoutRateError(ArddError, RuntimeError):
+    """The program drops at a rate that is no probability; PyTorch raises a RuntimeError too."""
+
+    @classmethod
+    def no_probability(cls, p: float) -> DropoutRateError:
+        """Says which rate was given, in the words of PyTorch."""
+        return cls(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
 class DistributionError(ArddError, ValueError):
     """There is no distribution over periods such as was asked for."""
 

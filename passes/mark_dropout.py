@@ -46,8 +46,8 @@ class MarkDropout:
        Bodies of higher-order ops that are inlined later, such as checkpointing, are included.
     2. torch's own dropouts are marked wherever they are on (``match_dropout_calls.py``).
     3. Masks made by hand are marked if all they do is drop (``match_hand_masks.py``,
-       ``prove_mask_uses.py``); boolean ones become factors. Choosing zero and multiplying by zero
-       are the same but for an infinite or undefined input, as in torch's own dropout.
+       ``prove_mask_uses.py``); boolean ones become factors. What chooses zero chooses it still,
+       so that it is zero for an infinite or undefined input too.
     4. Everything else that drops gets a decision and stays as it is.
     """
 

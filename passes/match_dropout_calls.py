@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import fx
 
 from ..core.decisions import Reason
+from ..core.errors import DropoutRateError
 from .dynamo_nodes import argument, is_floating, op_name, tensor_of
 from .sites import clean_path, module_path, source_name, static_shape
 
@@ -76,9 +77,15 @@ def match_dropout_call(node: fx.Node) -> DropoutCall | LeftAlone | None:
     """Returns what ``node`` does, None where it drops nothing.
 
     1. A dropout that is switched off (``training=False``, ``p=0``) is no dropout.
-    2. A call with a bad ``p``, or on a tensor that torch refuses, is left for torch to refuse.
+    2. A call on a tensor that torch refuses is left for torch to refuse.
+
+    Raises:
+        DropoutRateError: the rate is no probability. Compiled code draws by comparing, which takes
+            any number.
     """
     name = op_name(node)
+    if name == "native_dropout" and argument(node, 2, "train") is not False:
+        _check_rate(argument(node, 1, "p"))
     if name in _DROPOUTS or name in _ALPHA:
         return _match_dropout(node, name)
     if name == "scaled_dot_product_attention":
@@ -101,7 +108,8 @@ def _match_dropout(node: fx.Node, name: str) -> DropoutCall | LeftAlone | None:
     if isinstance(p, fx.Node):
         detail = "the rate is not a constant"
         return LeftAlone(node, kind, float("nan"), shape, Reason.HAND_MASK, detail)
-    if not 0 < p <= 1:
+    _check_rate(p)
+    if p == 0:
         return None
     if p == 1:
         return LeftAlone(node, kind, 1.0, shape, Reason.P_IS_ONE)
@@ -184,9 +192,15 @@ def _left_inside(
 ) -> LeftAlone | None:
     if isinstance(p, fx.Node):
         return LeftAlone(node, kind, float("nan"), shape, reason, "the rate is not a constant")
-    if not 0 < p <= 1:
-        return None
+    if not p > 0:
+        return None  # as torch has it, for NaN as well
+    _check_rate(p)
     return LeftAlone(node, kind, float(p), shape, reason, module=module)
+
+
+def _check_rate(p: object) -> None:
+    if isinstance(p, (int, float)) and not 0 <= p <= 1:
+        raise DropoutRateError.no_probability(p)
 
 
 def _owner(weights: object) -> str:

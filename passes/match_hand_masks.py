@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import fx
 
 from ..core.decisions import Reason
+from ..core.errors import DropoutRateError
 from .dynamo_nodes import (
     CASTS,
     LAYOUTS,
@@ -70,6 +71,9 @@ def match_hand_mask(node: fx.Node) -> HandMask | LeftAlone | None:
     2. A random number that is compared has no other reader.
     3. What is overwritten in place is a new tensor that nobody has read before.
     4. Random numbers that are never compared are no mask.
+
+    Raises:
+        DropoutRateError: the probability is a constant that is none.
     """
     name = op_name(node)
     if name not in DRAWS:
@@ -100,7 +104,7 @@ def _match_bernoulli(node: fx.Node, name: str) -> HandMask | LeftAlone | None:
     if q is None:
         return _refuse(node, name, math.nan, node, "its probability is not a constant")
     if not 0 <= q <= 1:
-        return None  # torch refuses it
+        raise DropoutRateError.no_probability(q)
     if name == "bernoulli":
         return HandMask(node, name, node, None, like, q)
     if not _is_unread(like, node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Final
 
 import torch
@@ -251,7 +252,14 @@ class _Proof:
             kept, dropped, flipped = dropped, kept, not flipped
         result = tensor_of(kept if op_name(user) == "setitem" else user)
         data = tensor_of(kept)
-        if number(dropped) != 0 or not is_floating(kept) or data is None or result is None:
+        zero = number(dropped)
+        if (
+            zero != 0
+            or math.copysign(1, zero) < 0
+            or not is_floating(kept)
+            or data is None
+            or result is None
+        ):
             raise _NotProvenError(f"{op_name(user)} does not choose between data and zero")
         # Compared as text: comparing symbolic sizes would add guards to the user's graph.
         shapes = [static_shape(data), static_shape(tensor_of(node))]

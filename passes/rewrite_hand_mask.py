@@ -40,10 +40,14 @@ def rewrite_hand_mask(found: HandMask, uses: MaskUses, site: Site) -> None:
 
         u = torch.rand_like(x)                 like = torch.empty_like(x)
         keep = u < 0.7                         mask = dropout_mask(like, [], 0.3, 0.7, 0)
-        y = torch.where(keep, x, 0)            y = x * mask
+        y = x * keep                           y = x * mask
+        z = torch.where(keep, x, 0)            z = (x * mask).masked_fill(mask == 0, 0)
+
+    A choice stays one: what it drops is 0 where x is infinite or undefined too, as a score of
+    -inf is, and so is its gradient.
     """
     for node, mask, data in uses.choices:
-        _multiply_instead(node, mask, data, uses.dtype)
+        _choose_by_factor(node, mask, data, uses.dtype)
     for node, mask in uses.products:
         value = tensor_of(node)
         assert value is not None
@@ -70,19 +74,26 @@ def rewrite_hand_mask(found: HandMask, uses: MaskUses, site: Site) -> None:
     _stop_drawing(found)
 
 
-def _multiply_instead(node: fx.Node, mask: fx.Node, data: fx.Node, dtype: torch.dtype) -> None:
-    """Replaces the choice ``node`` between ``data`` and zero by a product with the factor."""
+def _choose_by_factor(node: fx.Node, mask: fx.Node, data: fx.Node, dtype: torch.dtype) -> None:
+    """Replaces the choice ``node`` between ``data`` and zero by a product, zero where it drops."""
     value = tensor_of(data)
     assert value is not None
+    graph = node.graph
     factor = _converted(node, mask, dtype, value.dtype)
-    with node.graph.inserting_before(node):
+    with graph.inserting_before(node):
+        dropped = graph.call_function(operator.eq, (factor, 0))
         if is_inplace(node):
-            product = node.graph.call_method("mul_", (data, factor))
+            product = graph.call_method("mul_", (data, factor))
+            chosen = graph.call_method("masked_fill_", (product, dropped, 0))
         else:
-            product = node.graph.call_function(operator.mul, (data, factor))
-    product.meta = dict(node.meta)
-    node.replace_all_uses_with(product)
-    node.graph.erase_node(node)
+            product = graph.call_function(operator.mul, (data, factor))
+            chosen = graph.call_method("masked_fill", (product, dropped, 0))
+    for new in (dropped, product, chosen):
+        new.meta = dict(node.meta)
+    dropped.meta["example_value"] = factor.meta.get("example_value")
+    _retype(dropped, torch.bool)
+    node.replace_all_uses_with(chosen)
+    graph.erase_node(node)
 
 
 def _bypass(node: fx.Node, source: fx.Node) -> None:

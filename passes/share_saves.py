@@ -27,8 +27,9 @@ class ShareSaves:
 
     The product needs y for its weight gradient, so the mask of the activation comes for free.
 
-    1. The mask is a constant of at least 1, or a random one whose elements are 0 or at least 1: the
-       sign of what is kept survives, also of the smallest number.
+    1. They are floating-point numbers, and the mask is a constant of at least 1, or a random one
+       whose elements are 0 or at least 1: the sign of what is kept survives, also of the smallest
+       number.
     2. The comparison is with 0 and comes after the product.
     3. With a random mask, the comparison is read only where it chooses between 0 and a product with
        that mask, in which a dropped element is 0 whatever is chosen. As everywhere, what is dropped
@@ -76,7 +77,8 @@ def _product_with_mask(node: fx.Node) -> _Product | None:
             continue
         result = _rounded(node)
         before, after = x.meta["val"], result.meta["val"]
-        if before.dtype == after.dtype and before.shape == after.shape:
+        same = before.dtype == after.dtype and before.shape == after.shape
+        if same and before.dtype.is_floating_point:  # a product of integers may overflow
             return _Product(x, result, mask)
     return None
 

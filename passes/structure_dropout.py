@@ -18,6 +18,7 @@ from .defer_dropout import can_defer, defer_masks
 from .eager_draws import keeps_eager_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
+from .find_exposed_zeros import find_exposed_zeros
 from .find_roles import find_roles
 from .match_dropout_calls import ALPHA_KINDS, ATTENTION
 from .meet_budget import allowed_flops, meet_budget
@@ -124,7 +125,15 @@ class StructureDropout:
         device = masks[0].meta["val"].device
         masks = masks_in(graph)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
-        ungrouped = GroupPlan(Support(graph, candidates), None, {})
+        support = Support(graph, candidates)
+        exposed = find_exposed_zeros(graph, support)
+        if exposed:
+            candidates = {
+                mask: {dim: axis for dim, axis in axes.items() if axis not in exposed}
+                for mask, axes in candidates.items()
+            }
+            support = Support(graph, candidates)
+        ungrouped = GroupPlan(support, None, {})
 
         def planned(grouped: GroupPlan) -> _Planned:
             pricer = PlanPricer(grouped.support, model, device)
@@ -248,6 +257,8 @@ class StructureDropout:
         verdicts: dict[fx.Node, Verdict] = {}
         for mask in masks:
             verdict = planned.get(mask) or Verdict(None, refused[mask])
+            if verdict.reason is Reason.NO_PRODUCT and _lost_axes(mask, support):
+                verdict = Verdict(None, Reason.ZEROS_SEEN)
             if verdict.choice and fuel is not None and fuel <= 0:
                 verdict = Verdict(None, Reason.OUT_OF_FUEL)
             elif verdict.choice and fuel is not None:
@@ -275,6 +286,8 @@ class StructureDropout:
         if self._site(mask).kind in ATTENTION:
             return Reason.NO_PRODUCT  # it is over pairs of positions, whatever is multiplied
         if not support.masks[mask]:
+            if _lost_axes(mask, support):
+                return Reason.ZEROS_SEEN
             fixed = all(isinstance(size, int) for size in shape_of(mask))
             return Reason.SHAPE if fixed else Reason.DYNAMIC_DIM
         return None
@@ -327,6 +340,11 @@ def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:
     """Returns the dimensions of a mask that could be dropped: those of a fixed size above 1."""
     sizes = enumerate(shape_of(mask))
     return {d: KeptAxis(number, d, s) for d, s in sizes if isinstance(s, int) and s > 1}
+
+
+def _lost_axes(mask: fx.Node, support: Support) -> bool:
+    """Whether dimensions of a mask may not be dropped as an op sees more of their zeros."""
+    return len(support.masks[mask]) < len(_axes(0, mask))
 
 
 def _keeps_all(choice: Choice | None) -> bool:

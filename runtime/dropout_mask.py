@@ -21,8 +21,11 @@ def scale_of(p: float, mean: float) -> float:
         p: Probability of a zero, in ``[0, 1)``.
         mean: Expectation of the mask.
     """
-    scale = mean / (1.0 - p)
-    return 1.0 if abs(scale - 1.0) < 1e-9 else scale  # 1 / 3 and 1 - 2 / 3 are not equal
+    # A mask of zeros and ones has ones, though 1 / 3 and 1 - 2 / 3 are not equal and rates are
+    # rounded to 12 digits. A dropout, whose mean is 1, has the scale that its rate gives.
+    if mean != 1.0 and abs(mean - (1.0 - p)) < 1e-12:
+        return 1.0
+    return mean / (1.0 - p)
 
 
 def draw_mask(
@@ -56,7 +59,8 @@ def draw_mask(
     if seed is None:
         seed = draw_seeds(1, mask.device)[0]
     keep = bits_like(seed, list(mask.shape)) >= threshold_of(p)
-    return mask.copy_(keep).mul_(scale_of(p, mean))
+    scale = scale_of(p, mean)
+    return mask.copy_(keep) if scale == 1.0 else mask.copy_(keep).mul_(scale)
 
 
 def _empty_mask(like: Tensor, shared_dims: Sequence[int]) -> Tensor:

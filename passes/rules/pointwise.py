@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..facts import Facts
+from ..facts import EVERYTHING, NOTHING, Facts
 from ..relation import (
     Dims,
     Factor,
@@ -86,9 +88,14 @@ def addc_zero(facts: Sequence[Facts]) -> Facts:
     return facts[0] & (facts[1] | facts[2])
 
 
+def quotient_zero(facts: Sequence[Facts]) -> Facts:
+    """``a / b`` is zero where a is, unless b may be as well: 0 / 0 is undefined."""
+    return NOTHING if facts[1] or facts[1] is EVERYTHING else facts[0]
+
+
 def addc_quotient_zero(facts: Sequence[Facts]) -> Facts:
     """``addcdiv(a, b, c) = a + b / c``."""
-    return facts[0] & facts[1]
+    return facts[0] & quotient_zero(facts[1:])
 
 
 # f(0) = 0 for these; a bool is zero when it is False.
@@ -97,14 +104,15 @@ KEEP_ZERO = (
     *(aten.sin, aten.tan, aten.sinh, aten.asin, aten.atan, aten.asinh, aten.erf, aten.expm1),
     *(aten.log1p, aten.floor, aten.ceil, aten.round, aten.trunc, aten.frac, aten.alias),
     *(aten.clone, aten._to_copy, aten.detach, aten.gelu, aten.silu, aten.elu, aten.leaky_relu),
-    *(aten.mish, aten.hardswish, aten.lift_fresh_copy, aten.nan_to_num, aten.bitwise_right_shift),
+    *(aten.mish, aten.hardswish, aten.lift_fresh_copy, aten.nan_to_num),
     *(prims.convert_element_type, prims.device_put),
 )
 ADD = (aten.add, aten.sub, aten.maximum, aten.minimum, aten.logical_or, aten.bitwise_or)
 MULTIPLY = (aten.mul, aten.logical_and, aten.bitwise_and)
-# g * f'(x) and quotients: zero where g is.
+DIVIDE = (aten.div, aten.fmod)
+# g * f'(x) and shifts: zero where g is.
 FIRST = (
-    *(aten.div, aten.threshold_backward, aten.gelu_backward, aten.silu_backward, aten.fmod),
+    *(aten.bitwise_right_shift, aten.threshold_backward, aten.gelu_backward, aten.silu_backward),
     *(aten.tanh_backward, aten.sigmoid_backward, aten.elu_backward, aten.leaky_relu_backward),
     *(aten.hardswish_backward, aten.hardtanh_backward, aten.mish_backward),
 )
@@ -116,17 +124,31 @@ def add_like(node: fx.Node) -> Relation | None:
     """A sum with a number in it is zero nowhere, unless the number is."""
     # A size is a number whose value is not known, and is not equal to 0 either.
     numbers = [arg for arg in node.args if not _is_tensor(arg)]
-    return pointwise(never if any(number != 0 for number in numbers) else all_of, node)
+    keeps = _is_finite(node) and all(number == 0 for number in numbers)
+    return pointwise(all_of if keeps else never, node)
 
 
 def multiply(node: fx.Node) -> Relation | None:
-    """A product, of tensors or with a number."""
-    return pointwise(any_of, node)
+    """A product, of tensors or with a finite number."""
+    return pointwise(any_of if _is_finite(node) else never, node)
 
 
-def divide_like(node: fx.Node) -> Relation | None:
+def divide(node: fx.Node) -> Relation | None:
+    """``a / b`` and the remainder: by a tensor that is not zero there too, or by a number."""
+    dividend, divisor = node.args[:2]
+    if not _is_tensor(dividend):
+        return pointwise(never, node)
+    if _is_tensor(divisor):
+        return pointwise(quotient_zero, node)
+    value: Any = divisor.meta["val"] if isinstance(divisor, fx.Node) else divisor
+    keeps = _is_finite(node) and statically_known_true(value != 0)
+    return pointwise(first if keeps else never, node)
+
+
+def keep_first(node: fx.Node) -> Relation | None:
     """Zero where the first operand is, which has to be a tensor."""
-    return pointwise(first if _is_tensor(node.args[0]) else never, node)
+    keeps = _is_tensor(node.args[0]) and _is_finite(node)
+    return pointwise(first if keeps else never, node)
 
 
 def power(node: fx.Node) -> Relation | None:
@@ -154,7 +176,7 @@ def compare(node: fx.Node) -> Relation | None:
 
 def keep_zero(node: fx.Node) -> Relation | None:
     """A function with f(0) = 0."""
-    return pointwise(first, node)
+    return pointwise(first if _is_finite(node) else never, node)
 
 
 def where(node: fx.Node) -> Relation | None:
@@ -192,12 +214,14 @@ def fused_multiply_add(node: fx.Node) -> Relation | None:
 
 def add_product(node: fx.Node) -> Relation | None:
     """``addcmul``."""
-    return pointwise(addc_zero if len(tensor_operands(node)) == 3 else never, node)
+    keeps = len(tensor_operands(node)) == 3 and _is_finite(node)
+    return pointwise(addc_zero if keeps else never, node)
 
 
 def add_quotient(node: fx.Node) -> Relation | None:
     """``addcdiv``."""
-    return pointwise(addc_quotient_zero if len(tensor_operands(node)) == 3 else never, node)
+    keeps = len(tensor_operands(node)) == 3 and _is_finite(node)
+    return pointwise(addc_quotient_zero if keeps else never, node)
 
 
 def unknown(node: fx.Node) -> Relation | None:
@@ -207,3 +231,9 @@ def unknown(node: fx.Node) -> Relation | None:
 
 def _is_tensor(arg: object) -> bool:
     return isinstance(arg, fx.Node) and is_tensor(arg)
+
+
+def _is_finite(node: fx.Node) -> bool:
+    """Whether all numbers among the arguments are finite: 0 times infinity is undefined."""
+    numbers = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, float)]
+    return all(math.isfinite(number) for number in numbers)

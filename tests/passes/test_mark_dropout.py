@@ -227,12 +227,36 @@ def test_leaves_alone_with_a_reason(spelling: str) -> None:
     assert decision.shape == ((2, 4, 4) if reason is Reason.INSIDE_SDPA else (2, 4, 6))
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
-def test_a_bad_rate_is_left_for_torch_to_refuse(p: float) -> None:
-    """F.dropout raises on it; the pass must not be what fails first."""
+NO_RATES = [-0.1, 1.5, math.nan, math.inf]
+DROPS: dict[str, Callable[..., Tensor]] = {
+    "F.dropout": F.dropout,
+    "torch.dropout": lambda x, p: torch.dropout(x, p, True),
+    "native_dropout": lambda x, p: torch.native_dropout(x, p, True)[0],
+    "bernoulli": lambda x, p: x * torch.bernoulli(x, p),
+    "bernoulli_": lambda x, p: x * torch.empty_like(x).bernoulli_(p),
+    "bernoulli of a constant": lambda x, p: x * torch.bernoulli(torch.full_like(x, p)),
+}
+
+
+@pytest.mark.parametrize("p", NO_RATES)
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("name", DROPS)
+def test_a_rate_that_is_no_probability_raises(name: str, target: str, p: float) -> None:
+    """As in eager mode: compiled code would compare random numbers with it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(DROPS[name], backend="ardd", options={"target": target})
+    with pytest.raises((RuntimeError, ValueError)):
+        DROPS[name](torch.rand(3, 8), p)
+    with pytest.raises(RuntimeError, match="has to be between 0 and 1"):
+        compiled(torch.rand(3, 8), p)
+
+
+@pytest.mark.parametrize("p", NO_RATES)
+def test_a_bad_rate_of_a_dropout_that_is_off(p: float) -> None:
+    """Torch's compilers drop the call before they look at the rate."""
     graph = fx.Graph()
     x = graph.placeholder("x")
-    graph.output(graph.call_function(F.dropout, (x, p, True)))
+    graph.output(graph.call_function(F.dropout, (x, p, False)))
     assert MarkDropout().apply(fx.GraphModule({}, graph)) == MarkResult(modified=False)
 
 

@@ -163,6 +163,10 @@ BOOLEAN: dict[str, Call] = {
     "views": lambda x: x * (torch.rand(len(x), 1) < 0.8).unsqueeze(-1).expand_as(x).float(),
     "chunks": chunks,
 }
+CHOICES = (
+    *("where", "where, swapped", "x.where", "masked_fill", "masked_fill(not)", "masked_fill_"),
+    *("x[mask] = 0", "two readers"),
+)
 EXPECTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product of masks": lambda x, m: x * m * (torch.arange(16) < 12),
     "bernoulli_, scaled in place": lambda x, m: x * m / 0.8,
@@ -196,7 +200,7 @@ def test_marks_masks_made_by_hand(table: str, spelling: str) -> None:
     y = marked.run()
     expected: Callable[[Tensor, Tensor], Tensor] = EXPECTED.get(spelling, operator.mul)
     torch.testing.assert_close(y, expected(x, masks[0]))
-    if spelling not in ("product of masks", "bernoulli_ of bool"):
+    if spelling not in ("product of masks", "bernoulli_ of bool", *CHOICES):
         values = [node.meta.get("example_value") for node in marked.gm.graph.nodes]
         assert not any(isinstance(v, Tensor) and v.dtype == torch.bool for v in values)
 
@@ -211,6 +215,28 @@ def test_marked_masks_drop_as_often_as_the_original(table: str, spelling: str) -
     sigma = math.sqrt(2 * 0.2 * 0.8 / 64)
     assert abs((original == 0).double().mean() - (mine == 0).double().mean()) < 5 * sigma
     assert set(original.flatten().tolist()) == set(mine.flatten().tolist())
+
+
+@pytest.mark.parametrize("spelling", [name for name in CHOICES if name != "two readers"])
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_choice_drops_what_is_not_finite(spelling: str, value: float) -> None:
+    """Zero times infinity is undefined; what is not chosen is 0, and so is its gradient."""
+    x = data(4, 8, 16)
+    marked = mark(BOOLEAN[spelling], x)
+    masks = give_masks(marked.gm)
+    marked.run()
+    kept = masks[0] != 0
+    x = torch.where(kept, x, value).requires_grad_()
+    (y,) = marked.gm(*(x if isinstance(i, Tensor) else i for i in marked.inputs))
+    assert torch.equal(y != 0, kept)
+    assert y.isfinite().all()
+    (grad,) = torch.autograd.grad(y, x, torch.where(kept, 1.0, torch.nan))
+    assert torch.equal(grad, kept.to(grad))
+
+
+def test_a_choice_of_negative_zero_is_left_alone() -> None:
+    marked = mark(lambda x: torch.where(torch.rand_like(x) < 0.8, x, -0.0), data(4, 8))
+    assert marked.decision.reason is Reason.HAND_MASK
 
 
 def test_every_use_gets_its_dtype() -> None:

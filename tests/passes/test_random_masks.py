@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ardd.passes.random_masks import SMALLEST_RATE, lower_random_masks
 from ardd.runtime.draw_seeds import draw_seeds
+from ardd.runtime.dropout_mask import scale_of
 from ardd.runtime.random_bits import bits_at, bits_like, run, threshold_of
 
 CPU = torch.device("cpu")
@@ -100,6 +101,19 @@ def test_values(p: float, mean: float | None) -> None:
     y = gm(torch.ones_like(X))
     torch.testing.assert_close(y.unique(), torch.tensor([0, mean / (1 - p)]))
     assert abs(float((y > 0).float().mean()) - (1 - p)) < 5 * (p * (1 - p) / X.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("q", [1 / 3, 0.7, 0.1, 1e-6, 1e-9, 1 - 1e-9])
+def test_ones_are_ones(q: float) -> None:
+    """A mask of zeros and ones has no other number, however its rate was rounded."""
+    assert scale_of(float(f"{1 - q:.12g}"), q) == 1.0
+    assert scale_of(1 - q, q) == 1.0
+    assert scale_of(1 - (1 - q), 1 - q) == 1.0
+
+
+@pytest.mark.parametrize("p", [2e-10, 1e-6, 0.1, 1 / 3, 0.5, 1 - 1e-9])
+def test_the_scale_is_exact(p: float) -> None:
+    assert scale_of(p, 1.0) == 1.0 / (1.0 - p)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])

@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ardd.passes.facts import EVERYTHING, NOTHING, Facts, KeptAxis
+from ardd.passes.find_exposed_zeros import EXPOSING
 from ardd.passes.relation import Dims, Factor, Output, Relation
 from ardd.passes.rules import relation_of, rule_table
 from ardd.runtime.rnn_layer import rnn_layer, rnn_layer_backward
@@ -128,6 +129,7 @@ ROWS: list[Row] = [
     unary(prims.device_put.default, torch.device("cpu")),
     unary(aten.bitwise_right_shift.Tensor_Scalar, 1, x=bits),
     *binary(aten.bitwise_right_shift.Tensor, "0", x=bits),
+    Row(aten.bitwise_right_shift.Scalar_Tensor, lambda: (5, bits(4, 6)), "ab -> ab", "-"),
     *binary(aten.add.Tensor, "0&1"),
     *binary(aten.sub.Tensor, "0&1"),
     unary(aten.add.Tensor, 0.5, zero="-"),
@@ -146,6 +148,19 @@ ROWS: list[Row] = [
     *binary(aten.bitwise_and.Tensor, "0|1", x=bits),
     *binary(aten.div.Tensor, "0", x=f),
     unary(aten.div.Tensor, 3.0),
+    unary(aten.div.Tensor, math.inf, zero="-"),
+    unary(aten.div.Tensor, 0, zero="-"),
+    unary(aten.fmod.Scalar, 2),
+    unary(aten.fmod.Scalar, 0, zero="-"),
+    unary(aten.mul.Tensor, math.inf, zero="-"),
+    unary(aten.mul.Tensor, -math.inf, zero="-"),
+    unary(aten.mul.Tensor, math.nan, zero="-"),
+    unary(aten.add.Tensor, 0, zero="-", alpha=math.inf),
+    unary(aten.leaky_relu.default, math.inf, zero="-"),
+    unary(aten.elu.default, math.inf, zero="-"),
+    unary(aten.nan_to_num.default, 5.0),
+    unary(aten.pow.Tensor_Scalar, math.nan, zero="-"),
+    unary(aten.clamp.default, math.nan, 1.0, zero="-"),
     Row(aten.div.Tensor_mode, lambda: (f(4, 6), f(6)), "ab b -> ab", "0", {"rounding_mode": "floor"}),
     *binary(aten.fmod.Tensor, "0", x=f),
     *(Row(op.default, lambda: (signed(4, 6), signed(4, 6)), "ab ab -> ab", "0") for op in GRADIENTS),
@@ -189,6 +204,8 @@ ROWS: list[Row] = [
     Row(aten.masked_fill.Tensor, lambda: (signed(4, 6), b(4, 6), torch.tensor(2.0)), "ab ab  -> ab", "-"),
     Row(aten.addcmul.default, lambda: (signed(4, 6), signed(4, 6), signed(6)), "ab ab b -> ab", "0&1|0&2"),
     Row(aten.addcdiv.default, lambda: (signed(4, 6), signed(4, 6), f(6)), "ab ab b -> ab", "0&1"),
+    Row(aten.addcdiv.default, lambda: (signed(4, 6), signed(4, 6), f(6)), "ab ab b -> ab", "-", {"value": math.inf}),
+    Row(aten.addcmul.default, lambda: (signed(4, 6), signed(4, 6), signed(6)), "ab ab b -> ab", "-", {"value": math.nan}),
     Row(prims.fma.default, lambda: (f(4, 6), f(4, 6), f(4, 6)), "ab ab ab -> ab", "0&2|1&2"),
     unary(aten.sigmoid.default, zero="-"),  # no row in the table: any other pointwise op
     # Products
@@ -301,6 +318,19 @@ ROWS: list[Row] = [
     Row(aten.mean.default, lambda: (f(4, 6),), ".. -> ", "0"),
     Row(aten.var.correction, lambda: (f(2, 4, 6), [1]), "a.b -> a.b", "0", {"correction": 0, "keepdim": True}),
     Row(aten.any.dim, lambda: (b(4, 6), 1), "a. -> a", "0"),
+    Row(aten.any.dims, lambda: (b(4, 6), []), "ab -> ab", "0"),
+    Row(aten.any.dims, lambda: (b(4, 6), [], True), "ab -> ab", "0"),
+    Row(aten.any.dims, lambda: (b(2, 4, 6), [0, -1]), ".a. -> a", "0"),
+    Row(aten.any.dims, lambda: (b(4, 6), None), ".. -> ", "0"),
+    Row(aten.all.dims, lambda: (b(4, 6), []), "ab -> ab", "-"),
+    Row(aten.all.dims, lambda: (b(4, 6), [1]), "a. -> a", "-"),
+    *(Row(op.default, lambda: (f(4, 6), []), ".. -> ", "0") for op in (aten.amax, aten.amin)),
+    Row(aten.mean.dim, lambda: (f(4, 6), []), ".. -> ", "0"),
+    Row(aten.mean.dim, lambda: (f(4, 0), [1]), "a. -> a", "-"),
+    Row(aten.var.correction, lambda: (f(4, 6), []), ".. -> ", "0"),
+    Row(aten.var.correction, lambda: (f(4, 1), [1]), "a. -> a", "-"),
+    Row(aten.var.correction, lambda: (f(4, 6), [1]), "a. -> a", "-", {"correction": 6}),
+    Row(aten.var_mean.correction, lambda: (f(4, 1), [1]), "a. -> a a", "-, -"),
     Row(aten.any.default, lambda: (b(4, 6),), ".. -> ", "0"),
     Row(aten.var_mean.correction, lambda: (f(2, 4, 6), [2]), "ab. -> ab ab", "0, 0", {"correction": 1}),
     *(Row(op, lambda: (f(4, 6), 1), "a. -> a", "-") for op in (aten.prod.dim_int, aten.argmax.default, aten.argmin.default)),
@@ -537,26 +567,41 @@ class Call:
             ]
             if not any(claims):
                 continue
-            operands = [
-                x
-                if fact is NOTHING
-                else torch.zeros_like(x)
-                if fact is EVERYTHING
-                else self.zeroed(x, dims, label, kept)
-                for x, dims, fact in zip(self.operands, self.relation.operands, facts, strict=True)
-            ]
-            for output, x, claimed in zip(
-                self.relation.outputs, self.run(operands), claims, strict=True
-            ):
-                if claimed and output is not None and x is not None:
-                    outside = (
-                        x - self.zeroed(x, output.dims, label, kept)
-                        if x.dtype != torch.bool
-                        else x & ~self.zeroed(x, output.dims, label, kept)
-                    )
-                    # 0 / 0 alone is undefined; a program that divides by a dropped value has no
-                    # other result to compare with
-                    assert not outside.nan_to_num(nan=0).any(), f"{label} is not zero given {facts}"
+            for special in (None, ZEROS, UNDEFINED):
+                self._check_claims(facts, claims, label, kept, special)
+
+    def _check_claims(
+        self,
+        facts: Sequence[Facts],
+        claims: Sequence[bool],
+        label: int,
+        kept: Tensor,
+        special: Tensor | None,
+    ) -> None:
+        """Runs the op on operands that are zero as ``facts`` say, of either sign."""
+        operands = []
+        places = zip(self.operands, self.relation.operands, facts, strict=True)
+        for place, (operand, dims, fact) in enumerate(places):
+            x = operand
+            if special is not None and not self._divides_by(place):
+                x = sprinkled(x, special)
+            if fact is EVERYTHING:
+                x = zeros(x)
+            elif fact is not NOTHING:
+                x = self.zeroed(x, dims, label, kept)
+            operands.append(x)
+        results = zip(self.relation.outputs, self.run(operands), claims, strict=True)
+        for output, result, claimed in results:
+            if claimed and output is not None and result is not None:
+                outside = result.double()[~self.inside(result, output.dims, label, kept)]
+                if special is UNDEFINED:
+                    outside = outside[~outside.isnan()]  # 0 * inf, in the dense program alone
+                assert not outside.count_nonzero(), f"{label} is not zero given {facts}"
+
+    def _divides_by(self, place: int) -> bool:
+        """A quotient counts as zero unless the divisor is zero by a dropout."""
+        packet = getattr(self.op, "overloadpacket", None)
+        return place in EXPOSING.get(packet, ()) and len(self.operands) > 1
 
     def check_cut(self, kept: dict[int, Tensor]) -> None:
         """Cuts operands and results to some positions of some labels."""
@@ -619,15 +664,20 @@ class Call:
                 return inside[torch.arange(size) // factor.inner % self.sizes[label]]
         return None
 
-    def zeroed(self, x: Tensor, dims: Dims, label: int, kept: Tensor) -> Tensor:
-        """Returns x with zeros outside."""
+    def inside(self, x: Tensor, dims: Dims, label: int, kept: Tensor) -> Tensor:
+        """Returns which elements of x belong to kept positions."""
+        mask = torch.ones_like(x, dtype=torch.bool)
         for dim, factors in enumerate(dims):
             inside = self.positions(factors, label, kept)
             if inside is not None:
                 shape = [1] * x.dim()
                 shape[dim] = -1
-                x = torch.where(inside.view(shape), x, torch.zeros_like(x))
-        return x
+                mask &= inside.view(shape)
+        return mask
+
+    def zeroed(self, x: Tensor, dims: Dims, label: int, kept: Tensor) -> Tensor:
+        """Returns x with zeros outside, of either sign."""
+        return torch.where(self.inside(x, dims, label, kept), x, zeros(x))
 
     def cut(self, x: Tensor, dims: Dims, kept: dict[int, Tensor]) -> Tensor:
         """Returns x without what is outside."""
@@ -637,6 +687,25 @@ class Call:
                 if inside is not None:
                     x = x.index_select(dim, inside.nonzero().squeeze(1))
         return x
+
+
+ZEROS = torch.tensor([0.0, -0.0, 1e4, -1e4], dtype=torch.float64)
+UNDEFINED = torch.tensor([math.inf, -math.inf, math.nan], dtype=torch.float64)
+
+
+def sprinkled(x: Tensor, values: Tensor) -> Tensor:
+    """Returns x, if it has floating-point numbers, with half of them replaced by some of values."""
+    if not x.dtype.is_floating_point:
+        return x
+    chosen = values[torch.randint(len(values), x.shape)].to(x.dtype)
+    return torch.where(torch.rand(x.shape) < 0.5, chosen, x)
+
+
+def zeros(x: Tensor) -> Tensor:
+    """Returns zeros like x: of either sign, as ``x * 0`` has them."""
+    if not x.dtype.is_floating_point:
+        return torch.zeros_like(x)
+    return torch.where(torch.rand(x.shape) < 0.5, 0.0, -0.0).to(x.dtype)
 
 
 def labels_in(dims: Dims) -> set[int]:
