@@ -123,12 +123,15 @@ class StructureDropout:
         masks = masks_in(graph)
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         ungrouped = GroupPlan(Support(graph, candidates), None, {})
+        # Tiles are cut already, and yet a part of what the graph has without dropout.
+        dense = PlanPricer(ungrouped.support, model, device).flops(ungrouped.support.relations, {})
+        dense += sum(verdict.flops_before - verdict.flops_after for verdict in tiled)
 
         def planned(grouped: GroupPlan) -> _Planned:
             pricer = PlanPricer(grouped.support, model, device)
             if grouped.rows is not None:
                 pricer = GroupPricer(grouped.support, model, device, grouped.rows)
-            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled))
+            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled), dense)
             return _Planned(grouped, pricer, grouped.explained(found))
 
         if self.options.pattern == "grouped":
@@ -151,13 +154,12 @@ class StructureDropout:
         ]
         decisions = [self._decision(m, verdicts[m], pricer, plans) for m in verdicts]
         decisions += [self._tile_decision(mask, tiles[mask]) for mask in tiles]
-        gone = sum(verdict.flops_before - verdict.flops_after for verdict in tiled)
         result = StructureResult(
             modified=True,
             decisions=tuple(decisions),
-            flops_before=pricer.flops(support.relations, {}) + gone,
+            flops_before=dense,
             flops_after=_mean_flops(pricer, support.relations, plans),
-            flops_budget=allowed_flops(support, pricer, self.options),
+            flops_budget=allowed_flops(dense, self.options),
             same_plans=tuple(plans.index(plan) for plan in plans),
         )
         chosen = plans[self.plan]
@@ -210,7 +212,8 @@ class StructureDropout:
         able = [
             mask
             for mask in masks
-            if self._refused(mask, support) is None
+            if not self._site(mask).of_weight
+            and self._refused(mask, support) is None
             and self._left_random(mask) is None
             and _float(mask.args[2]) > lowest
         ]
@@ -227,6 +230,7 @@ class StructureDropout:
         support: Support,
         pricer: PlanPricer,
         n_tiled: int,
+        dense_flops: int,
     ) -> dict[fx.Node, Verdict]:
         masks = [mask for mask in masks if not self._site(mask).of_weight]
         refused = {m: reason for m in masks if (reason := self._refused(m, support)) is not None}
@@ -240,7 +244,7 @@ class StructureDropout:
                 refused[mask] = reason
         rates = {mask: p for mask, p in rates.items() if mask not in refused}
         planned = plan_patterns(support, rates, features, pricer, self.options)
-        planned = meet_budget(planned, support, pricer, self.options)
+        planned = meet_budget(planned, support, pricer, dense_flops, self.options)
         fuel = self.options.max_rewrites
         fuel = None if fuel is None else fuel - n_tiled
         verdicts: dict[fx.Node, Verdict] = {}

@@ -526,6 +526,21 @@ def test_auto_without_groups_where_they_do_not_pay() -> None:
     assert not any("group" in d.detail for d in found)
 
 
+def test_random_weights_leave_the_groups_to_others() -> None:
+    """The rows of a weight's mask are features of what it makes, and no samples."""
+
+    class DropBoth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(f(4, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.dropout(x, 0.75), F.dropout(self.weight, 0.7))
+
+    found = check_exact(DropBoth().double(), [f(8, 32)], options={"pattern": "grouped"})
+    assert [(d.pattern, d.taken) for d in found] == [("grouped", True), ("random", False)]
+
+
 def test_auto_in_a_budget_that_groups_do_not_meet() -> None:
     """The gathers of groups cost too much for one of the dropouts, and it would have to help."""
     wide = nn.Sequential(layers(0.75, 0.75)[:5], nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.75))
