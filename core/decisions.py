@@ -19,7 +19,7 @@ class Reason(enum.Enum):
     NOT_CHOSEN = 'options={"structure": ...} names other roles'
     NOT_WORTH_IT = "structure saves less time than gathering and expanding costs"
     NO_PRODUCT = "no product with a weight contracts or produces a dimension of it"
-    SHAPE = "no block size divides the dimension within rate_tolerance"
+    SHAPE = "no block size gives enough blocks within rate_tolerance"
     DYNAMIC_DIM = "the dimension to drop has no fixed size"
     CONFLICT = "another dropout of the same dimension saves more"
     P_ROUNDS_TO_ZERO = "p is too small to drop anything"
