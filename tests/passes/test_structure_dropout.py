@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.passes.tracing import check_values, mask, site, targets, trace
 from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 
 import ardd
 from ardd.core.decisions import Decision, Reason, Role
@@ -101,6 +102,29 @@ def test_no_product_with_a_weight() -> None:
 
     _, (decision,) = run(attend, X, W)
     assert refused(decision) is Reason.NO_PRODUCT
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda w: w.chunk(2)[0],
+        lambda w: w.split([32, 32])[1],
+        lambda w: w.view(2, 32, 16).unbind()[1],
+        lambda w: w[:32],
+        lambda w: w * mask(w, 0.7, 1),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_weight_may_be_cut_from_a_parameter(cut: Callable[[Tensor], Tensor], known: bool) -> None:
+    """However it is cut, it depends on the parameter alone."""
+    gm = trace(lambda x, w: (x * mask(x)) @ cut(w).t(), X, torch.randn(64, 16))
+    sites = (site(0), site(1, 0.7, of_weight=True))
+    if known:
+        for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            node.meta["desc"] = PlainAOTInput(index)
+    result = StructureDropout(BLOCK, sites, parameters=(1,)).apply(gm.graph)
+    assert result.decisions[0].taken
+    assert result.decisions[0].dim == 1
 
 
 def test_shape() -> None:
