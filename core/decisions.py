@@ -16,6 +16,7 @@ class Reason(enum.Enum):
     DEFERRED = "the forward keeps everything; what is saved for backward is dropped"
     NOT_DEFERRABLE = "backward uses what it drops for more than gradients of weights, or saves none"
     QUALITY = "a dropout of this role trains worse with a mask that samples share"
+    COPIES = "the batch holds samples more than once, whose masks must differ"
     NOT_CHOSEN = 'options={"structure": ...} names other roles'
     NOT_WORTH_IT = "structure saves less time than gathering and expanding costs"
     NO_PRODUCT = "no product with a weight contracts or produces a dimension of it"

@@ -18,6 +18,7 @@ from .defer_dropout import can_defer, defer_masks
 from .eager_draws import keeps_eager_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
+from .find_copies import find_copies
 from .find_roles import find_roles
 from .match_dropout_calls import ALPHA_KINDS, ATTENTION
 from .meet_budget import allowed_flops, meet_budget
@@ -97,11 +98,13 @@ class StructureDropout:
         masks = masks_in(graph)
         if not masks:
             return StructureResult(modified=False)
-        roles = {
-            mask.args[4]: role
-            for mask, role in find_roles(graph, masks, inputs_in(graph, self.parameters)).items()
-        }
-        sites = [dataclasses.replace(site, role=roles.get(site.index)) for site in self.sites]
+        parameters = inputs_in(graph, self.parameters)
+        roles = {mask.args[4]: role for mask, role in find_roles(graph, masks, parameters).items()}
+        copies = {mask.args[4] for mask in find_copies(graph, masks, parameters)}
+        sites = [
+            dataclasses.replace(site, role=roles.get(site.index), copies=site.index in copies)
+            for site in self.sites
+        ]
         seed_masks(graph, masks, [site.index for site in sites])
         return dataclasses.replace(self, sites=sites)._rewrite(graph, masks)
 
@@ -260,6 +263,8 @@ class StructureDropout:
     def _left_random(self, mask: fx.Node) -> Reason | None:
         """Returns why a mask that could be structured is better left random, None if it is not."""
         site = self._site(mask)
+        if site.copies:
+            return Reason.COPIES
         return left_random(site.role or Role.OTHER, site.p, self.options)
 
     def _refused(self, mask: fx.Node, support: Support) -> Reason | None:
