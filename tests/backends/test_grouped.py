@@ -401,6 +401,31 @@ def test_a_batch_that_is_dynamic(target: str) -> None:
     assert decision.detail.endswith("; one group: 2 groups do not divide its rows")
 
 
+@pytest.mark.parametrize(
+    ("groups", "batch", "taken"), [(4, 8, 4), (4, 4, 2), (2, 2, 1), (3, 3, 1), (3, 6, 3)]
+)
+def test_a_dynamic_batch_of_as_many_rows_as_groups(groups: int, batch: int, taken: int) -> None:
+    """A group of one row would fix the batch, which was promised to be dynamic."""
+    options: dict[str, Any] = {
+        "target": "eager",
+        "pattern": "grouped",
+        "groups": groups,
+        "strict": True,
+    }
+    module = layers(0.5).double()
+    compiled = torch.compile(module, backend="ardd", options=options)
+    for seed, rows in enumerate((batch, 4 * batch)):
+        x = f(rows, 12).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        (decision,) = check_exact(module, [x], seed=seed, compiled=compiled)
+        assert decision.pattern == ("grouped" if taken > 1 else "block")
+        if taken > 1:
+            assert decision.detail.endswith(f"; {taken} groups of rows")
+        else:
+            assert decision.detail.endswith("one row would fix the size of a dynamic batch")
+    assert len(ardd.report().graphs) == 1
+
+
 def test_rows_of_two_dynamic_dimensions() -> None:
     """Rows of samples and tokens, both dynamic: a group of them is no group of either."""
 
