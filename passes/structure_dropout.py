@@ -146,9 +146,14 @@ class StructureDropout:
                 for mask, verdict in taken.verdicts.items()
             ):
                 # Only now: groups guard a dynamic batch, for nothing where none pays.
+                why = "flops_budget cannot be met with groups"
                 with contextlib.suppress(BudgetError):
                     tried = planned(self._groups(graph, masks, ungrouped.support))
-                    taken = tried if tried.grouped.holds(tried.verdicts) else taken
+                    holds = tried.grouped.holds(tried.verdicts)
+                    why = "" if holds else "with groups not every dropout pays"
+                    taken = tried if holds else taken
+                if why:
+                    taken = _one_group(taken, why)
         grouped, support = taken.grouped, taken.grouped.support
         pricer, verdicts = taken.pricer, taken.verdicts
         plans = [
@@ -328,6 +333,13 @@ class StructureDropout:
         index = mask.args[4]
         assert isinstance(index, int)
         return next(site for site in self.sites if site.index == index)
+
+
+def _one_group(planned: _Planned, why: str) -> _Planned:
+    """Returns the plan without groups, whose high rates say why they have none."""
+    high = [mask for mask in planned.verdicts if _float(mask.args[2]) > HIGH_RATE]
+    said = dataclasses.replace(planned.grouped, refused=dict.fromkeys(high, why))
+    return dataclasses.replace(planned, verdicts=said.explained(planned.verdicts))
 
 
 def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:
