@@ -16,11 +16,12 @@ class Reason(enum.Enum):
     DEFERRED = "the forward keeps everything; what is saved for backward is dropped"
     NOT_DEFERRABLE = "backward uses what it drops for more than gradients of weights, or saves none"
     QUALITY = "a dropout of this role trains worse with a mask that samples share"
+    COPIES = "the batch holds samples more than once, whose masks must differ"
     NOT_CHOSEN = 'options={"structure": ...} names other roles'
     NOT_WORTH_IT = "structure saves less time than gathering and expanding costs"
     NO_PRODUCT = "no product with a weight contracts or produces a dimension of it"
     ZEROS_SEEN = "an op divides by its zeros, or tells -0.0 from 0.0: they have to be as they are"
-    SHAPE = "no block size divides the dimension within rate_tolerance"
+    SHAPE = "no block size gives enough blocks within rate_tolerance"
     DYNAMIC_DIM = "the dimension to drop has no fixed size"
     CONFLICT = "another dropout of the same dimension saves more"
     P_ROUNDS_TO_ZERO = "p is too small to drop anything"

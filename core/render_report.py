@@ -25,6 +25,7 @@ _NARROW: Final = 130
 _LEFT_RANDOM: Final = frozenset(
     {
         Reason.QUALITY,
+        Reason.COPIES,
         Reason.NOT_CHOSEN,
         Reason.NOT_WORTH_IT,
         Reason.NO_PRODUCT,

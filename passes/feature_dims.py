@@ -9,12 +9,12 @@ probabilities, although the projection after it contracts them: a product of eve
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 
 import torch
 from torch import fx
 
+from ..runtime.dropout_mask import dropout_mask
 from .facts import KeptAxis
 from .relation import Relation, tensor_operands
 from .support import Support, axes_in
@@ -84,6 +84,8 @@ def _derived_only_from(roots: Collection[fx.Node], forward: list[fx.Node]) -> se
         if node.op != "call_function" or node.target in _PRODUCTS:
             continue
         inputs = [x for x in node.all_input_nodes if not _is_size(x)]
+        if node.target is dropout_mask:
+            inputs = inputs[:1]  # the seed is no data
         if inputs and all(x in derived for x in inputs):
             derived.add(node)
     return derived
@@ -91,7 +93,7 @@ def _derived_only_from(roots: Collection[fx.Node], forward: list[fx.Node]) -> se
 
 _PRODUCTS = (
     *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
-    *(aten.convolution.default, operator.getitem),
+    aten.convolution.default,
 )
 
 

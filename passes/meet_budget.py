@@ -25,16 +25,23 @@ from .support import Support
 _ROUNDING = 1e-9  # 100 * (1 - 0.7) is a little more than 30
 
 
-def allowed_flops(support: Support, pricer: PlanPricer, options: Options) -> int | None:
-    """Returns the FLOPs that the products of the graph may have, None where there is no budget."""
+def allowed_flops(dense: int, options: Options) -> int | None:
+    """Returns the FLOPs that the products of the graph may have, None where there is no budget.
+
+    Args:
+        dense: FLOPs without dropout.
+        options: the budget.
+    """
     budget = options.flops_budget
-    if isinstance(budget, float):
-        return int(budget * pricer.flops(support.relations, {}))
-    return budget
+    return int(budget * dense) if isinstance(budget, float) else budget
 
 
 def meet_budget(
-    verdicts: Mapping[fx.Node, Verdict], support: Support, pricer: PlanPricer, options: Options
+    verdicts: Mapping[fx.Node, Verdict],
+    support: Support,
+    pricer: PlanPricer,
+    dense: int,
+    options: Options,
 ) -> dict[fx.Node, Verdict]:
     """Returns the verdicts with the rates that meet the budget.
 
@@ -48,12 +55,13 @@ def meet_budget(
         verdicts: what was decided for every mask at the rate asked for.
         support: the facts of the graph.
         pricer: counts the FLOPs.
+        dense: FLOPs of the graph without dropout, weights in tiles whole.
         options: the budget and the bound.
 
     Raises:
         BudgetError: the highest rates are not enough.
     """
-    budget = allowed_flops(support, pricer, options)
+    budget = allowed_flops(dense, options)
     asked = {v.choice.axis: v.choice for v in verdicts.values() if v.choice}
     if budget is None:
         return dict(verdicts)
@@ -65,7 +73,6 @@ def meet_budget(
     taken = bisect.bisect_left(range(len(steps)), -budget, key=lambda count: -flops(count))
     smallest = flops(taken)
     if smallest > budget:
-        dense = pricer.flops(support.relations, {})
         raise BudgetError.of_flops(budget, smallest, dense, options.max_rate, len(asked))
     raised = _last(steps[:taken])
     return {mask: _raised(verdict, raised) for mask, verdict in verdicts.items()}

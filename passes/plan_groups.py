@@ -85,6 +85,8 @@ def plan_groups(
     for mask in able:
         if not counts:
             refused[mask] = "1 group was asked for"
+        elif _of_one_row(taken, mask):
+            refused[mask] = "a group of one row would fix the size of a dynamic batch"
         elif not counts[taken] or not _divides(taken, mask):
             refused[mask] = f"{taken} groups do not divide its rows"
     features = feature_axes(graph, support, parameters)
@@ -113,9 +115,20 @@ def _no_rows(mask: fx.Node) -> str | None:
 def _may_divide(groups: int, mask: fx.Node) -> bool:
     """Returns whether the rows of the example are divided by so many groups."""
     rows = shape_of(mask)[0]
+    if _of_one_row(groups, mask):
+        return False
     if not isinstance(rows, int) and rows.node.has_hint():
         rows = int(rows.node.hint)
     return statically_known_true(rows % groups == 0) and statically_known_true(rows > 0)
+
+
+def _of_one_row(groups: int, mask: fx.Node) -> bool:
+    """Returns whether the example leaves one row of a dynamic batch to a group.
+
+    Torch takes a size of 1 for fixed, and with it the batch.
+    """
+    rows = shape_of(mask)[0]
+    return not isinstance(rows, int) and rows.node.has_hint() and int(rows.node.hint) == groups
 
 
 def _divides(groups: int, mask: fx.Node) -> bool:

@@ -19,6 +19,9 @@ from .support import Support
 # More blocks would not make the gathers of any device cheaper, fewer make masks poor in variety.
 MAX_BLOCK = 128
 MIN_BLOCKS = 8
+MIN_SLICES = 16
+"""Blocks that a dimension beside other features, such as heads, has at least: each is a whole slice
+of features, and of 12 heads one would be gone for the batch at any rate."""
 _ROUNDING = 1e-12  # 1 - 12 / 25 - 0.5 is a little more than 0.02
 
 
@@ -58,7 +61,8 @@ def plan_patterns(
         if not axes:
             verdicts[mask] = Verdict(None, Reason.NO_PRODUCT)
             continue
-        choices = [c for axis in axes for c in block_choices(axis, p, options)]
+        least = MIN_SLICES if len(axes) > 1 else 1
+        choices = [c for a in axes for c in block_choices(a, p, options) if c.n_blocks >= least]
         if not choices:
             verdicts[mask] = Verdict(None, Reason.SHAPE, _shape_detail(axes, p, options))
             continue
@@ -68,6 +72,7 @@ def plan_patterns(
             key=lambda pair: (pair[0], -pair[1].block),
         )
     chosen: dict[KeptAxis, Choice] = {}
+    rows = {axis: mask.args[4] for mask, axes in support.masks.items() for axis in axes.values()}
     conflicts = _conflicts(support)
     waiting = sorted(best, key=lambda mask: -best[mask][0])
     for _ in range(2):  # again, since a neighbour taken later can make a refused one pay
@@ -79,7 +84,7 @@ def plan_patterns(
             if choice.axis in conflicts.get(choice.axis, set()):
                 rivals.add(choice.axis)
             if rivals:
-                detail = ", ".join(f"dropout {axis.site}" for axis in sorted(rivals))
+                detail = ", ".join(f"dropout {rows[axis]}" for axis in sorted(rivals))
                 verdicts[mask] = Verdict(None, Reason.CONFLICT, detail)
                 continue
             saving = _saving(pricer, choice, chosen)
@@ -99,9 +104,8 @@ def block_choices(axis: KeptAxis, p: float, options: Options) -> Iterator[Choice
     sizes = range(1, MAX_BLOCK + 1) if options.block_size == "auto" else [options.block_size]
     for block in sizes:
         n_blocks = axis.size // block
-        if axis.size % block or (
-            options.block_size == "auto" and block > 1 and n_blocks < MIN_BLOCKS
-        ):
+        wants_variety = options.block_size == "auto" and (block > 1 or options.pattern == "auto")
+        if axis.size % block or (wants_variety and n_blocks < MIN_BLOCKS):
             continue
         if options.pattern == "row":
             rows = plan_rows(n_blocks, p, options, axis.site)
@@ -144,6 +148,8 @@ def _conflicts(support: Support) -> dict[KeptAxis, set[KeptAxis]]:
 def _shape_detail(axes: list[KeptAxis], p: float, options: Options) -> str:
     sizes = ", ".join(str(axis.size) for axis in axes)
     detail = f"size {sizes}, p {p:g}, block_size {options.block_size}"
+    if len(axes) > 1:
+        detail += f", at least {MIN_SLICES} slices"
     if options.pattern == "row":
         detail += f", plans {options.plans}, row_groups {options.row_groups}"
     return detail

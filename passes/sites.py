@@ -40,6 +40,8 @@ class Site:
     """Whether what is dropped is made of parameters and buffers alone (DropConnect)."""
     role: Role | None = None
     """What it does in its network, once that is known."""
+    copies: bool = False
+    """Whether it drops a batch that holds samples more than once, once that is known."""
 
 
 def decide(

@@ -18,6 +18,7 @@ from .defer_dropout import can_defer, defer_masks
 from .eager_draws import keeps_eager_masks
 from .facts import KeptAxis
 from .feature_dims import feature_axes, forward_nodes
+from .find_copies import find_copies
 from .find_exposed_zeros import find_exposed_zeros
 from .find_roles import find_roles
 from .match_dropout_calls import ALPHA_KINDS, ATTENTION
@@ -100,11 +101,13 @@ class StructureDropout:
         if not masks:
             return StructureResult(modified=False)
         plain_zeros(graph)
-        roles = {
-            mask.args[4]: role
-            for mask, role in find_roles(graph, masks, inputs_in(graph, self.parameters)).items()
-        }
-        sites = [dataclasses.replace(site, role=roles.get(site.index)) for site in self.sites]
+        parameters = inputs_in(graph, self.parameters)
+        roles = {mask.args[4]: role for mask, role in find_roles(graph, masks, parameters).items()}
+        copies = {mask.args[4] for mask in find_copies(graph, masks, parameters)}
+        sites = [
+            dataclasses.replace(site, role=roles.get(site.index), copies=site.index in copies)
+            for site in self.sites
+        ]
         seed_masks(graph, masks, [site.index for site in sites])
         return dataclasses.replace(self, sites=sites)._rewrite(graph, masks)
 
@@ -134,12 +137,15 @@ class StructureDropout:
             }
             support = Support(graph, candidates)
         ungrouped = GroupPlan(support, None, {})
+        # Tiles are cut already, and yet a part of what the graph has without dropout.
+        dense = PlanPricer(ungrouped.support, model, device).flops(ungrouped.support.relations, {})
+        dense += sum(verdict.flops_before - verdict.flops_after for verdict in tiled)
 
         def planned(grouped: GroupPlan) -> _Planned:
             pricer = PlanPricer(grouped.support, model, device)
             if grouped.rows is not None:
                 pricer = GroupPricer(grouped.support, model, device, grouped.rows)
-            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled))
+            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled), dense)
             return _Planned(grouped, pricer, grouped.explained(found))
 
         if self.options.pattern == "grouped":
@@ -151,9 +157,14 @@ class StructureDropout:
                 for mask, verdict in taken.verdicts.items()
             ):
                 # Only now: groups guard a dynamic batch, for nothing where none pays.
+                why = "flops_budget cannot be met with groups"
                 with contextlib.suppress(BudgetError):
                     tried = planned(self._groups(graph, masks, ungrouped.support))
-                    taken = tried if tried.grouped.holds(tried.verdicts) else taken
+                    holds = tried.grouped.holds(tried.verdicts)
+                    why = "" if holds else "with groups not every dropout pays"
+                    taken = tried if holds else taken
+                if why:
+                    taken = _one_group(taken, why)
         grouped, support = taken.grouped, taken.grouped.support
         pricer, verdicts = taken.pricer, taken.verdicts
         plans = [
@@ -162,13 +173,12 @@ class StructureDropout:
         ]
         decisions = [self._decision(m, verdicts[m], pricer, plans) for m in verdicts]
         decisions += [self._tile_decision(mask, tiles[mask]) for mask in tiles]
-        gone = sum(verdict.flops_before - verdict.flops_after for verdict in tiled)
         result = StructureResult(
             modified=True,
             decisions=tuple(decisions),
-            flops_before=pricer.flops(support.relations, {}) + gone,
+            flops_before=dense,
             flops_after=_mean_flops(pricer, support.relations, plans),
-            flops_budget=allowed_flops(support, pricer, self.options),
+            flops_budget=allowed_flops(dense, self.options),
             same_plans=tuple(plans.index(plan) for plan in plans),
         )
         chosen = plans[self.plan]
@@ -221,7 +231,8 @@ class StructureDropout:
         able = [
             mask
             for mask in masks
-            if self._refused(mask, support) is None
+            if not self._site(mask).of_weight
+            and self._refused(mask, support) is None
             and self._left_random(mask) is None
             and _float(mask.args[2]) > lowest
         ]
@@ -238,6 +249,7 @@ class StructureDropout:
         support: Support,
         pricer: PlanPricer,
         n_tiled: int,
+        dense_flops: int,
     ) -> dict[fx.Node, Verdict]:
         masks = [mask for mask in masks if not self._site(mask).of_weight]
         refused = {m: reason for m in masks if (reason := self._refused(m, support)) is not None}
@@ -251,7 +263,7 @@ class StructureDropout:
                 refused[mask] = reason
         rates = {mask: p for mask, p in rates.items() if mask not in refused}
         planned = plan_patterns(support, rates, features, pricer, self.options)
-        planned = meet_budget(planned, support, pricer, self.options)
+        planned = meet_budget(planned, support, pricer, dense_flops, self.options)
         fuel = self.options.max_rewrites
         fuel = None if fuel is None else fuel - n_tiled
         verdicts: dict[fx.Node, Verdict] = {}
@@ -269,6 +281,8 @@ class StructureDropout:
     def _left_random(self, mask: fx.Node) -> Reason | None:
         """Returns why a mask that could be structured is better left random, None if it is not."""
         site, of_tokens = self._site(mask), mask.meta["val"].dim() > 2
+        if site.copies:
+            return Reason.COPIES
         return left_random(site.role or Role.OTHER, site.p, of_tokens, self.options)
 
     def _refused(self, mask: fx.Node, support: Support) -> Reason | None:
@@ -334,6 +348,13 @@ class StructureDropout:
         index = mask.args[4]
         assert isinstance(index, int)
         return next(site for site in self.sites if site.index == index)
+
+
+def _one_group(planned: _Planned, why: str) -> _Planned:
+    """Returns the plan without groups, whose high rates say why they have none."""
+    high = [mask for mask in planned.verdicts if _float(mask.args[2]) > HIGH_RATE]
+    said = dataclasses.replace(planned.grouped, refused=dict.fromkeys(high, why))
+    return dataclasses.replace(planned, verdicts=said.explained(planned.verdicts))
 
 
 def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:

@@ -31,6 +31,21 @@ class TileDraw(Draw):
         self.grid = grid
         return self
 
+    def __getnewargs__(self) -> Any:
+        """Returns what a copy, or another process, makes the record from."""
+        return self.site, self.grid, self.kept
+
+    def _replace(self, **fields: Any) -> TileDraw:
+        """Returns the record with other values for ``site``, ``grid`` or ``kept``.
+
+        Raises:
+            TypeError: A name is none of these; ``n_blocks`` follows from the grid.
+        """
+        given: dict[str, Any] = {"site": self.site, "grid": self.grid, "kept": self.kept}
+        return TileDraw(**given | fields)
+
+    __replace__ = _replace
+
     def mask(self, shape: tuple[int, int]) -> Tensor:
         """Returns the mask of a weight, of mean 1: float64, 0 or ``n_blocks / len(kept)``.
 

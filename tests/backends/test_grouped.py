@@ -401,6 +401,31 @@ def test_a_batch_that_is_dynamic(target: str) -> None:
     assert decision.detail.endswith("; one group: 2 groups do not divide its rows")
 
 
+@pytest.mark.parametrize(
+    ("groups", "batch", "taken"), [(4, 8, 4), (4, 4, 2), (2, 2, 1), (3, 3, 1), (3, 6, 3)]
+)
+def test_a_dynamic_batch_of_as_many_rows_as_groups(groups: int, batch: int, taken: int) -> None:
+    """A group of one row would fix the batch, which was promised to be dynamic."""
+    options: dict[str, Any] = {
+        "target": "eager",
+        "pattern": "grouped",
+        "groups": groups,
+        "strict": True,
+    }
+    module = layers(0.5).double()
+    compiled = torch.compile(module, backend="ardd", options=options)
+    for seed, rows in enumerate((batch, 4 * batch)):
+        x = f(rows, 12).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        (decision,) = check_exact(module, [x], seed=seed, compiled=compiled)
+        assert decision.pattern == ("grouped" if taken > 1 else "block")
+        if taken > 1:
+            assert decision.detail.endswith(f"; {taken} groups of rows")
+        else:
+            assert decision.detail.endswith("one row would fix the size of a dynamic batch")
+    assert len(ardd.report().graphs) == 1
+
+
 def test_rows_of_two_dynamic_dimensions() -> None:
     """Rows of samples and tokens, both dynamic: a group of them is no group of either."""
 
@@ -523,7 +548,23 @@ def test_auto_without_groups_where_they_do_not_pay() -> None:
     """One kept set for all still does."""
     found = automatic(layers(0.75, 0.25), [f(8, 12)], cost_model="grouped-never")
     assert [d.pattern for d in found] == ["block", "block"]
-    assert not any("group" in d.detail for d in found)
+    why = "; one group: with groups not every dropout pays"
+    assert [d.detail.endswith(why) for d in found] == [True, False]
+
+
+def test_random_weights_leave_the_groups_to_others() -> None:
+    """The rows of a weight's mask are features of what it makes, and no samples."""
+
+    class DropBoth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(f(4, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.dropout(x, 0.75), F.dropout(self.weight, 0.7))
+
+    found = check_exact(DropBoth().double(), [f(8, 32)], options={"pattern": "grouped"})
+    assert [(d.pattern, d.taken) for d in found] == [("grouped", True), ("random", False)]
 
 
 def test_auto_in_a_budget_that_groups_do_not_meet() -> None:
@@ -532,6 +573,7 @@ def test_auto_in_a_budget_that_groups_do_not_meet() -> None:
     options: dict[str, Any] = {"flops_budget": 0.5, "structure": ("hidden", "output")}
     whole = automatic(wide, [f(8, 12)], cost_model="grouped-never", **options)
     assert {d.pattern for d in whole} == {"block"}
+    assert all("; one group: " in d.detail for d in whole)
 
 
 @pytest.mark.parametrize("fuel", [0, 1, 2])

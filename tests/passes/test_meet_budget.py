@@ -153,6 +153,35 @@ def test_what_stays_random_cannot_be_raised() -> None:
         plan(attend, (torch.randn(8, 8),), flops_budget=0.9)
 
 
+def dropped_weight(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """DropConnect in tiles, and a dropout of features after it."""
+    h = x @ (w * mask(w, 0.5, 0))
+    return (h * mask(h, 0.25, 1)) @ v
+
+
+def test_a_budget_is_a_fraction_of_what_tiles_left_out_too() -> None:
+    """Half of the first product is gone with the tiles, and counts as what a budget saves."""
+    inputs = (torch.randn(8, 32), torch.randn(32, 32), torch.randn(32, 64))
+    dense = 2 * 8 * (32 * 32 + 32 * 64)
+    sites = (site(0, 0.5, of_weight=True), site(1, 0.25))
+    for budget, rate in ((1.0, 0.25), (0.7, 0.25), (0.5, 0.5)):
+        options = Options(pattern="block", block_size=4, flops_budget=budget)
+        result = StructureDropout(options, sites).apply(trace(dropped_weight, *inputs).graph)
+        features, weight = result.decisions
+        assert (weight.pattern, features.p_used) == ("tile", rate)
+        assert result.flops_before == dense
+        assert result.flops_budget == int(budget * dense)
+        assert result.flops_after <= budget * dense
+
+
+def test_an_impossible_budget_of_tiles_names_the_whole() -> None:
+    inputs = (torch.randn(8, 32), torch.randn(32, 32))
+    options = Options(pattern="block", block_size=4, flops_budget=0.4)
+    gm = trace(lambda x, w: x @ (w * mask(w)), *inputs)
+    with pytest.raises(ardd.BudgetError, match="graph that has 16384 without dropout"):
+        StructureDropout(options, (site(0, of_weight=True),)).apply(gm.graph)
+
+
 def test_a_graph_without_dropout_has_no_budget() -> None:
     gm = trace(lambda x, w, v: x @ w @ v, *TWO)
     before = str(gm.graph)

@@ -9,14 +9,29 @@ import pytest
 import torch
 from tests.passes.tracing import check_values, mask, site, targets, trace
 from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 
+import ardd
 from ardd.core.decisions import Decision, Reason, Role
 from ardd.core.options import Options
 from ardd.passes.sites import Site
 from ardd.passes.structure_dropout import StructureDropout, StructureResult
 
 BLOCK = Options(pattern="block")
+EVERY_ROLE = tuple(role.value for role in Role)
 X, W, V = torch.randn(6, 16), torch.randn(16, 32), torch.randn(32, 5)
+
+
+class Products:
+    """Prices products alone, so that all structure pays."""
+
+    name, version = "products", "1"
+
+    def seconds(self, op: ardd.OpCost, device: torch.device) -> float:
+        return op.hint(op.flops) if op.kind == "product" else 0.0
+
+
+ardd.register_cost_model("products", Products)
 
 
 def apply(gm: fx.GraphModule, *sites: Site, options: Options = BLOCK) -> StructureResult:
@@ -89,6 +104,29 @@ def test_no_product_with_a_weight() -> None:
     assert refused(decision) is Reason.NO_PRODUCT
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda w: w.chunk(2)[0],
+        lambda w: w.split([32, 32])[1],
+        lambda w: w.view(2, 32, 16).unbind()[1],
+        lambda w: w[:32],
+        lambda w: w * mask(w, 0.7, 1),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_weight_may_be_cut_from_a_parameter(cut: Callable[[Tensor], Tensor], known: bool) -> None:
+    """However it is cut, it depends on the parameter alone."""
+    gm = trace(lambda x, w: (x * mask(x)) @ cut(w).t(), X, torch.randn(64, 16))
+    sites = (site(0), site(1, 0.7, of_weight=True))
+    if known:
+        for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            node.meta["desc"] = PlainAOTInput(index)
+    result = StructureDropout(BLOCK, sites, parameters=(1,)).apply(gm.graph)
+    assert result.decisions[0].taken
+    assert result.decisions[0].dim == 1
+
+
 def test_shape() -> None:
     """Of 7 features none can be dropped at 0.5: 3/7 and 4/7 are both too far."""
     _, (decision,) = run(linear, X, torch.randn(16, 7))
@@ -127,6 +165,64 @@ def test_conflict() -> None:
     assert taken.taken
     assert refused(left) is Reason.CONFLICT
     assert left.detail == f"dropout {taken.site}"
+
+
+def test_conflict_names_the_row_of_the_report() -> None:
+    """Rows that are settled elsewhere leave no masks here, but count."""
+
+    def twice(x: Tensor, w: Tensor) -> Tensor:
+        h = x @ w
+        h = h * mask(h, site=3)
+        return h * mask(h, site=7)
+
+    decisions = apply(trace(twice, X, W), site(3), site(7)).decisions
+    taken, left = sorted(decisions, key=lambda decision: not decision.taken)
+    assert refused(left) is Reason.CONFLICT
+    assert {taken.site, left.site} == {3, 7}
+    assert left.detail == f"dropout {taken.site}"
+
+
+def heads(x: Tensor, w: Tensor, n_heads: int, features: int) -> Tensor:
+    """Drops [batch, heads, tokens, features] before the projection of them all."""
+    h = x.view(2, 3, n_heads, features).transpose(1, 2)
+    h = h * mask(h)
+    return h.transpose(1, 2).reshape(6, n_heads * features) @ w
+
+
+@pytest.mark.parametrize("block_size", ["auto", 1])
+@pytest.mark.parametrize("pattern", ["block", "auto"])
+@pytest.mark.parametrize(("n_heads", "features", "dim"), [(12, 64, 3), (64, 12, 1), (15, 20, 3)])
+def test_few_slices_are_not_dropped_whole(
+    n_heads: int, features: int, dim: int, pattern: Any, block_size: Any
+) -> None:
+    """A head of 64 features is no feature: of 12 heads none is left out for the whole batch."""
+    x, w = torch.randn(6, n_heads * features), torch.randn(n_heads * features, 2048)
+    options = Options(
+        pattern=pattern, block_size=block_size, cost_model="products", structure=EVERY_ROLE
+    )
+    _, (decision,) = run(lambda x, w: heads(x, w, n_heads, features), x, w, options=options)
+    assert (decision.taken, decision.dim) == (True, dim)
+
+
+@pytest.mark.parametrize("pattern", ["block", "window", "row", "auto"])
+def test_too_few_slices(pattern: Any) -> None:
+    """12 heads of 8 features: neither is enough to choose from."""
+    x, w = torch.randn(6, 96), torch.randn(96, 2048)
+    options = Options(pattern=pattern, cost_model="products", structure=EVERY_ROLE)
+    _, (decision,) = run(lambda x, w: heads(x, w, 12, 8), x, w, options=options)
+    assert refused(decision) is Reason.SHAPE
+    assert "at least 16 slices" in decision.detail
+
+
+@pytest.mark.parametrize(("size", "taken"), [(4, False), (6, False), (8, True)])
+def test_auto_wants_as_many_units_as_blocks(size: int, taken: bool) -> None:
+    """Single features too: of 4, half has 6 masks."""
+    options = Options(cost_model="products", structure=EVERY_ROLE)
+    _, (decision,) = run(linear, X, torch.randn(16, size), options=options)
+    assert decision.taken == taken
+    if not taken:
+        assert refused(decision) is Reason.SHAPE
+    assert run(linear, X, torch.randn(16, size))[1][0].taken
 
 
 def test_p_rounds_to_zero() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,6 +121,29 @@ def test_a_recorded_draw_gives_the_mask() -> None:
     assert mask.shape == (8, 18)
     assert torch.equal(mask[::2, ::3], expected * 2.0)
     assert torch.equal(mask[1::2, 2::3], expected * 2.0)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, lambda draw: draw._replace(site=7)]
+    + [lambda draw, n=n: pickle.loads(pickle.dumps(draw, n)) for n in range(6)],
+)
+def test_a_record_can_be_copied(again: Callable[[TileDraw], TileDraw]) -> None:
+    """The grid comes along, and with it the mask."""
+    draw = TileDraw(7, (2, 3), torch.tensor([0, 4, 5]))
+    copied = again(draw)
+    assert type(copied) is TileDraw
+    assert (copied.site, copied.grid, copied.n_blocks) == (7, (2, 3), 6)
+    assert torch.equal(copied.mask((4, 6)), draw.mask((4, 6)))
+
+
+def test_a_record_with_another_grid() -> None:
+    """The number of tiles follows from it, and is none to set."""
+    draw = TileDraw(7, (2, 3), torch.tensor([0, 4, 5]))
+    wide = draw._replace(grid=(4, 3))
+    assert (wide.grid, wide.n_blocks) == ((4, 3), 12)
+    with pytest.raises(TypeError, match="n_blocks"):
+        draw._replace(n_blocks=6)
 
 
 def test_draws_of_a_compiled_graph_are_not_merged() -> None:
