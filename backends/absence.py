@@ -142,7 +142,7 @@ class _Absence:
         """
         for root in self.roots:
             kind = type(root.module)
-            if not kind.forward.__module__.startswith("torch.nn.modules."):
+            if not (kind.forward.__module__ or "").startswith("torch.nn.modules."):
                 continue
             unexplained = self.graphs_captured == 0 and not self.breaks and not root.path
             probable = unexplained and _host_check(root.module) is None
