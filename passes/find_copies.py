@@ -48,7 +48,7 @@ def find_copies(
     data: set[fx.Node] = set()
     for node in forward_nodes(graph):
         if node.op == "placeholder":
-            data |= set() if node in parameters else {node}
+            data |= {node} if is_tensor(node) and node not in parameters else set()
         elif not _is_size(node) and any(x in data for x in node.all_input_nodes):
             data.add(node)
             if is_tensor(node):
