@@ -62,6 +62,10 @@ class _Planned:
     verdicts: dict[fx.Node, Verdict]
 
 
+_NO_AXIS = (Reason.NO_PRODUCT, Reason.SHAPE, Reason.DYNAMIC_DIM)
+"""What is said of a mask that has no dimension to drop."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StructureDropout:
     """Draws masks by blocks and leaves the dropped features out of every product around them.
@@ -130,6 +134,7 @@ class StructureDropout:
         candidates = {m: _axes(number, m) for number, m in enumerate(masks)}
         support = Support(graph, candidates)
         exposed = find_exposed_zeros(graph, support)
+        seen = {mask for mask, axes in candidates.items() if not exposed.isdisjoint(axes.values())}
         if exposed:
             candidates = {
                 mask: {dim: axis for dim, axis in axes.items() if axis not in exposed}
@@ -145,7 +150,7 @@ class StructureDropout:
             pricer = PlanPricer(grouped.support, model, device)
             if grouped.rows is not None:
                 pricer = GroupPricer(grouped.support, model, device, grouped.rows)
-            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled), dense)
+            found = self._verdicts(graph, masks, grouped.support, pricer, len(tiled), dense, seen)
             return _Planned(grouped, pricer, grouped.explained(found))
 
         if self.options.pattern == "grouped":
@@ -250,7 +255,9 @@ class StructureDropout:
         pricer: PlanPricer,
         n_tiled: int,
         dense_flops: int,
+        seen: Collection[fx.Node],
     ) -> dict[fx.Node, Verdict]:
+        """Decides on every mask; of those in ``seen`` an op sees more zeros than their products."""
         masks = [mask for mask in masks if not self._site(mask).of_weight]
         refused = {m: reason for m in masks if (reason := self._refused(m, support)) is not None}
         rates = {m: _float(m.args[2]) for m in masks if m not in refused}
@@ -269,7 +276,7 @@ class StructureDropout:
         verdicts: dict[fx.Node, Verdict] = {}
         for mask in masks:
             verdict = planned.get(mask) or Verdict(None, refused[mask])
-            if verdict.reason is Reason.NO_PRODUCT and _lost_axes(mask, support):
+            if mask in seen and verdict.reason in _NO_AXIS:
                 verdict = Verdict(None, Reason.ZEROS_SEEN)
             if verdict.choice and fuel is not None and fuel <= 0:
                 verdict = Verdict(None, Reason.OUT_OF_FUEL)
@@ -300,8 +307,6 @@ class StructureDropout:
         if self._site(mask).kind in ATTENTION:
             return Reason.NO_PRODUCT  # it is over pairs of positions, whatever is multiplied
         if not support.masks[mask]:
-            if _lost_axes(mask, support):
-                return Reason.ZEROS_SEEN
             fixed = all(isinstance(size, int) for size in shape_of(mask))
             return Reason.SHAPE if fixed else Reason.DYNAMIC_DIM
         return None
@@ -361,11 +366,6 @@ def _axes(number: int, mask: fx.Node) -> dict[int, KeptAxis]:
     """Returns the dimensions of a mask that could be dropped: those of a fixed size above 1."""
     sizes = enumerate(shape_of(mask))
     return {d: KeptAxis(number, d, s) for d, s in sizes if isinstance(s, int) and s > 1}
-
-
-def _lost_axes(mask: fx.Node, support: Support) -> bool:
-    """Whether dimensions of a mask may not be dropped as an op sees more of their zeros."""
-    return len(support.masks[mask]) < len(_axes(0, mask))
 
 
 def _keeps_all(choice: Choice | None) -> bool:

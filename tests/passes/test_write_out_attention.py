@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ardd.core.decisions import Reason
+from ardd.core.errors import DropoutRateError
 from ardd.passes.attention_calls import keep_autocast
 from ardd.passes.mark_dropout import MarkDropout
 from ardd.passes.write_out_attention import WriteOutAttention
@@ -306,9 +307,14 @@ def test_leaves_these_arguments_alone(args: Any, kwargs: Any) -> None:
     assert marked_by_hand(*args, **kwargs).reason is Reason.INSIDE_SDPA
 
 
-@pytest.mark.parametrize("p", [0.0, -0.1, 1.5])
-def test_a_rate_that_drops_nothing_or_is_none_has_no_row(p: float) -> None:
+@pytest.mark.parametrize("p", [0.0, -0.1])
+def test_a_rate_that_drops_nothing_has_no_row(p: float) -> None:
     assert marked_by_hand("x", "x", "x", None, p) is None
+
+
+def test_a_rate_above_one_raises() -> None:
+    with pytest.raises(DropoutRateError, match=r"between 0 and 1, but got 1\.5"):
+        marked_by_hand("x", "x", "x", None, 1.5)
 
 
 def test_a_rate_of_one_has_a_reason_of_its_own() -> None:
